@@ -29,7 +29,7 @@ from capture import helper_process
 from capture.helper.main import REPORT_S
 from halton_meter.live.control import Control
 from halton_meter.live.journal_writer import FLUSH_AFTER_S
-from halton_meter.live.probes.worker import Job
+from halton_meter.live.probes.job import Job
 
 HOST = "api.provider.test"
 FAMILY = "anthropic"

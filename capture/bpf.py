@@ -22,8 +22,9 @@ _X86 = platform.machine() in ("x86_64", "AMD64")
 _NR_BPF = 321 if _X86 else 280
 _NR_PERF_EVENT_OPEN = 298 if _X86 else 241
 _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT, _RAW_TRACEPOINT_OPEN = 1, 2, 3, 4, 17
-_PROG_LOAD, _LINK_CREATE, _PERF_EVENT = 5, 28, 41
-_KPROBE = 2
+_MAP_CREATE, _PROG_LOAD, _LINK_CREATE, _PERF_EVENT = 0, 5, 28, 41
+_KPROBE, TRACEPOINT = 2, 5
+_RINGBUF = 27
 UPROBE_MULTI = 48
 """What a program is loaded for that is attached to many places of a file in one call."""
 _MULTI_AT_RETURN = 1
@@ -165,10 +166,20 @@ def attaches_at_once() -> bool:
 def _load_nothing() -> int:
     """A program that does nothing, to be attached to many places. Raises OSError."""
     code = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0)  # r0 = 0; exit
+    return load(_KPROBE, code, UPROBE_MULTI)
+
+
+def load(kind: int, code: bytes, attached: int = 0) -> int:
+    """Load a program, given as instructions of eight bytes each. Raises OSError."""
     text, license_ = ctypes.create_string_buffer(code), ctypes.create_string_buffer(b"GPL")
-    fields = (_KPROBE, 2, ctypes.addressof(text), ctypes.addressof(license_))
-    nothing = (0, 0, 0, 0, 0, b"", 0, UPROBE_MULTI)  # log, version, flags, name, device
+    fields = (kind, len(code) // 8, ctypes.addressof(text), ctypes.addressof(license_))
+    nothing = (0, 0, 0, 0, 0, b"", 0, attached)  # log, version, flags, name, device
     return _bpf(_PROG_LOAD, struct.pack("=IIQQIIQII16sII", *fields, *nothing))
+
+
+def make_ring(size_bytes: int) -> int:
+    """A ring buffer's descriptor; its size is a power of two, and of pages. Raises OSError."""
+    return _bpf(_MAP_CREATE, struct.pack("=IIIII", _RINGBUF, 0, 0, size_bytes, 0))
 
 
 def attach_uprobes(

@@ -33,7 +33,8 @@ class Scope:
     or descends from one; and, where `cgroup` (a path under /sys/fs/cgroup) is given, when it is
     in that cgroup as well. Processes in `excluded`, and their descendants, never are: name the
     proxy there, so that nothing is seen twice. With `owner`, processes of the trees that have
-    become another user's are out.
+    become another user's are out. `reader` is the user who reads the plaintext: only that user's
+    processes may be paused before their requests.
     """
 
     uids: frozenset[int] = frozenset()
@@ -42,6 +43,7 @@ class Scope:
     cgroup: str | None = None
     excluded: tuple[int, ...] = ()
     owner: int | None = None
+    reader: int | None = None
 
 
 def spawn_helper(
@@ -79,6 +81,7 @@ def spawn_helper(
             "cgroup": scope.cgroup,
             "excluded": list(scope.excluded),
             "owner": scope.owner,
+            "reader": scope.reader,
         },
         "hosts": list(hosts),
         "loader": loader,
@@ -116,6 +119,16 @@ def link_to(keeper: Keeper) -> socket.socket:
     with theirs:
         keeper.connect(theirs)
     return ours
+
+
+def let_paused_go_on(keeper: Keeper) -> None:
+    """The helper has died: nobody waits for it before a request any longer."""
+    from capture.helper.pausing import let_all_go
+
+    pausing, paused = keeper.descriptor("map:pausing"), keeper.descriptor("map:paused")
+    if pausing is not None and paused is not None:
+        with contextlib.suppress(OSError):
+            let_all_go(pausing, paused)
 
 
 def still_running(keeper: Keeper) -> list[str]:

@@ -9,8 +9,8 @@
 
 The way of a byte: `sniffer.py`, a process of its own, sends packets over `link`; `packets/tcp.py`
 puts connections together, `records.py` cuts records, `awaiting.py` keeps them until `key_files.py`
-has found their keys, and decrypts. What is not read: QUIC, of which the host is told
-(`packets/quic.py`), and connections that were there before.
+has found their keys, and decrypts; `packets/quic_connections.py` does the same for QUIC. What was
+there before is not read.
 Memory is bounded by the limits of those files. One thread; no clock but for the keys' patience.
 """
 
@@ -20,6 +20,7 @@ import contextlib
 import errno
 import ipaddress
 import os
+import select
 import socket
 import subprocess
 import time
@@ -32,15 +33,17 @@ from capture.packets.awaiting import AwaitingKeys
 from capture.packets.keeping import Keeping
 from capture.packets.key_files import KeyFiles
 from capture.packets.keylog import KeyLog
-from capture.packets.quic import QuicHellos
+from capture.packets.quic_connections import QuicConnections
 from capture.packets.records import Findings, Live, TcpConnections
-from capture.packets.tcp import FLOWS_MAX, Datagram, Flow, Reassembly
+from capture.packets.tcp import FLOWS_MAX, Flow, Reassembly
 from halton_meter.model import Connection, Process, Source, TlsChunk, TlsClosed
 from halton_meter.problem import Problem, Unavailable
 
 Address = tuple[str, int]
 
 RECEIVE_BYTES = 1 << 20
+# How long the sniffer may take for what is left at the end.
+REST_S_MAX = 10.0
 READY_S_MAX = 10.0
 _RAW_IP = 101  # tcpdump.org/linktypes.html: a packet from its IP header on
 _EPERM = 1
@@ -58,8 +61,8 @@ class LiveCapture:
     and server addresses, and is told whether the connection is known to be wanted. `missing` is
     told of wanted connections that got no keys, with the host. `findings` and `losses` count.
     `clock` gives the time of packets, in ns. `keeping` records what is read. `own_keys` is a folder
-    of keys in which what was read is wiped. `quic` is told of QUIC connections to wanted hosts:
-    client, server, host.
+    of keys in which what was read is wiped. `udp_owner` finds the process of a QUIC connection by
+    the client's address, `quic` is told of those to wanted hosts that got no keys.
     """
 
     def __init__(
@@ -72,7 +75,8 @@ class LiveCapture:
         clock: Callable[[], int] = time.time_ns,
         keeping: Keeping | None = None,
         own_keys: Path | None = None,
-        quic: Callable[[Address, Address, str], object] = lambda client, server, host: None,
+        udp_owner: Callable[[Address], Process | None] = lambda client: None,
+        quic: Callable[[Process | None, str], object] = lambda process, host: None,
     ) -> None:
         self.findings = Findings()
         self._dropped = 0
@@ -97,10 +101,12 @@ class LiveCapture:
         self._passed: Counter[str] = Counter()
         self._muted: OrderedDict[str, None] = OrderedDict()
         self._connections = TcpConnections(self.findings, self._keys, self._reader, wanted, live)
-        self._reassembly = Reassembly(self._connections, self._begin_quic)
-        self._wanted, self._quic = wanted, quic
-        self._quic_hellos = QuicHellos()
-        self.ended = False
+        self._quic = QuicConnections(
+            self._keys, wanted, udp_owner, self._ready.append, quic, self._pass_by
+        )
+        self._reassembly = Reassembly(self._connections, self._quic.datagram)
+        self.ended = False  # the sniffer, before it was asked to
+        self._has_all = self._is_finishing = False
 
     def fileno(self) -> int:
         """Readable when packets are there."""
@@ -110,7 +116,8 @@ class LiveCapture:
     def losses(self) -> Counter[str]:
         """What was lost so far, by cause."""
         dropped = Counter({"packets_dropped": self._dropped})
-        return dropped + self._reassembly.losses + self.findings.losses + self._reader.losses
+        read = self.findings.losses + self._reader.losses + self._quic.losses
+        return dropped + self._reassembly.losses + read
 
     @property
     def handshakes_with_keys(self) -> int:
@@ -120,7 +127,7 @@ class LiveCapture:
     @property
     def waits(self) -> bool:
         """Whether a connection waits for its keys."""
-        return self._reader.waits
+        return self._reader.waits or self._quic.waits
 
     @property
     def keys_passed_over(self) -> set[Path]:
@@ -139,23 +146,41 @@ class LiveCapture:
         self._connections.flush()
         if self._key_files.poll(rested=True):
             self._reader.keys_came()
+            self._quic.keys_came()
         self._reader.expire(self._clock())
+        self._quic.expire(self._clock())
         found = list(self._ready)
         self._ready.clear()
         return found
 
     def finish(self) -> list[TlsChunk | TlsClosed]:
-        """The rest: what is read already, and the ends of all connections."""
-        found = self.read()
+        """The rest: what the sniffer has not sent yet, and the ends of all connections."""
+        found = self._rest()
         self._reassembly.finish()
         self._connections.flush()
         self._key_files.poll()
         self._reader.keys_came()
         self._reader.finish()
+        self._quic.keys_came()
+        self._quic.finish()
         found += self._ready
         self._ready.clear()
         self.findings.decrypted = self._reader.decrypted
         self._link.close()
+        return found
+
+    def _rest(self) -> list[TlsChunk | TlsClosed]:
+        """What was captured until now, however far behind the sniffer is."""
+        found, until = self.read(), time.monotonic() + REST_S_MAX
+        self._is_finishing = True
+        with contextlib.suppress(OSError):
+            self._link.shutdown(socket.SHUT_WR)
+        waiting = select.poll()
+        waiting.register(self._link, select.POLLIN)
+        while not self._has_all and (left := until - time.monotonic()) > 0:
+            waiting.poll(left * 1000)
+            found += self.read()
+        self._dropped += not self._has_all  # at least
         return found
 
     def _receive(self) -> None:
@@ -165,7 +190,8 @@ class LiveCapture:
             return
         except OSError:
             data = b""
-        self.ended = not data
+        self._has_all = not data
+        self.ended = self.ended or (self._has_all and not self._is_finishing)
         self._buffer += data
 
     def _feed(self) -> None:
@@ -185,11 +211,6 @@ class LiveCapture:
                 self._dropped += number
             at = end
         del buffer[:at]
-
-    def _begin_quic(self, datagram: Datagram) -> None:
-        host = self._quic_hellos.datagram(datagram.addresses, datagram.payload)
-        if host is not None and self._wanted(host):
-            self._quic(*datagram.ends(), host)
 
     def _hello(self, flow: Flow, random: bytes) -> None:
         if self._keeping is None:

@@ -67,6 +67,8 @@ MAPS = (
     "process_ring",
     "sockets",
     "addresses",
+    "pausing",
+    "paused",
 )
 
 

@@ -69,6 +69,8 @@
 #define RUSTLS_SCANS_MAX 32 /* in a row that found no name: a thread's next write may be another connection's */
 #define RUSTLS_MISSES_MAX 3 /* connections of one file of which a record passed no probe */
 #define RUSTLS_NAME_BYTES_MIN 4 /* "a.io" */
+#define PAUSING_MAX 256 /* processes that are paused before each request */
+#define STOP_SIGNAL 19 /* SIGSTOP */
 
 #ifdef HALTON_BCC
 #include <uapi/linux/bpf.h>
@@ -111,6 +113,7 @@ typedef long long s64;
 /* By number: bcc's headers may be older than they are. */
 static void *(*current_task)(void) = (void *)158; /* bpf_get_current_task_btf */
 static void *(*task_registers)(void *) = (void *)175; /* bpf_task_pt_regs */
+static long (*send_signal)(u32) = (void *)109; /* bpf_send_signal */
 
 /* ---- registers -------------------------------------------------------------------------- */
 
@@ -133,6 +136,7 @@ struct registers {
 enum system_call { CALL_WRITE = 64, CALL_WRITEV = 66, CALL_SENDTO = 206, CALL_SENDMSG = 211, CALL_SENDMMSG = 269 };
 #define GO_CONNECTION(r) ((r)->x[0])
 #define GO_BUFFER(r) ((r)->x[1])
+#define GO_LENGTH(r) ((r)->x[2])
 #define GO_GOROUTINE(r) ((r)->x[28])
 #define ENTRY_SP_AT_ENTRY(r) ((r)->sp)
 #define ENTRY_SP_AT_RETURN(r) ((r)->sp)
@@ -154,6 +158,7 @@ struct registers {
 enum system_call { CALL_WRITE = 1, CALL_WRITEV = 20, CALL_SENDTO = 44, CALL_SENDMSG = 46, CALL_SENDMMSG = 307 };
 #define GO_CONNECTION(r) ((r)->ax)
 #define GO_BUFFER(r) ((r)->bx)
+#define GO_LENGTH(r) ((r)->cx)
 #define GO_GOROUTINE(r) ((r)->r14)
 #define ENTRY_SP_AT_ENTRY(r) ((r)->sp)
 #define ENTRY_SP_AT_RETURN(r) ((r)->sp - 8) /* `ret` has popped the return address */
@@ -161,7 +166,7 @@ enum system_call { CALL_WRITE = 1, CALL_WRITEV = 20, CALL_SENDTO = 44, CALL_SEND
 
 /* ---- what user space reads (protocol.py) --------------------------------------------------- */
 
-enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_NOT_HTTP = 8, KIND_LOOKUP = 9, KIND_UNNAMED = 10, KIND_LEARNED = 11, KIND_SOCKET_SEEN = 12, KIND_SOCKET_ENDED = 13, KIND_USED = 14, KIND_QUIC = 15, KIND_RECORDS_MISSED = 22 };
+enum kind { KIND_OPEN = 1, KIND_CHUNK = 2, KIND_CLOSE = 3, KIND_EXIT = 4, KIND_EXEC = 5, KIND_SHUTDOWN = 6, KIND_MAPPED = 7, KIND_NOT_HTTP = 8, KIND_LOOKUP = 9, KIND_UNNAMED = 10, KIND_LEARNED = 11, KIND_SOCKET_SEEN = 12, KIND_SOCKET_ENDED = 13, KIND_USED = 14, KIND_QUIC = 15, KIND_RECORDS_MISSED = 22, KIND_PAUSED = 23 };
 enum direction { SENT = 0, RECEIVED = 1 };
 enum record_flag { FLAG_JOINED = 1 };
 
@@ -239,6 +244,12 @@ struct settings {
 	u64 namespace_device;
 	u64 namespace_inode;
 	u32 owner; /* with SCOPE_OWNER: of a tree, only processes of this user are in scope */
+	u32 unused;
+};
+
+struct pausing {
+	u64 until_ns; /* user space renews it as long as it is there to let the process go on */
+	u32 uid; /* of whoever may stop it anyway */
 	u32 unused;
 };
 
@@ -529,6 +540,16 @@ HASH(tree, u32, u32, TREE_MAX);
  * `on_exit` drops; `born_ns` and `executed` read. */
 LRU_HASH(births, u32, struct birth, THREADS_MAX);
 
+/* --- who is paused before a request (pausing.py) --- */
+
+/* Processes near a limit. Key: a process. Value: until when, and whose it must be. User space writes and
+ * drops; `pause_before_request` reads, `on_exit` drops. */
+HASH(pausing, u32, struct pausing, PAUSING_MAX);
+
+/* Those that were stopped so, and nobody has let go on yet. Key: a process. Value: when.
+ * `pause_before_request` writes; user space reads and drops, also of a helper that died; `on_exit` drops. */
+HASH(paused, u32, u64, PAUSING_MAX);
+
 /* --- connections --- */
 
 /* Connections that are metered. Key: SSL object (Go: *Conn) and process. Value: host, offsets, flags.
@@ -649,6 +670,10 @@ RING(process_ring, PROCESS_RING_BYTES);
 
 #ifdef HALTON_BCC
 INLINE struct settings *settings_get(u32 *k) { return settings.lookup(k); }
+INLINE struct pausing *pausing_get(u32 *k) { return pausing.lookup(k); }
+INLINE void pausing_drop(u32 *k) { pausing.delete(k); }
+INLINE int paused_set(u32 *k, u64 *v) { return paused.update(k, v); }
+INLINE void paused_drop(u32 *k) { paused.delete(k); }
 INLINE u64 *stats_get(u32 *k) { return stats.lookup(k); }
 INLINE struct connection *blank_connection_get(u32 *k) { return blank_connection.lookup(k); }
 INLINE struct thread *blank_thread_get(u32 *k) { return blank_thread.lookup(k); }
@@ -1514,9 +1539,59 @@ INLINE int proved(struct chunk *c, u64 total, u64 cookie)
 	return 0;
 }
 
+/* ---- near a limit ------------------------------------------------------------------------------
+ *
+ * A process that is near what it may spend is stopped as it begins a request, before a byte of that is
+ * encrypted. User space lets it go on once the answers that it has read are counted (pausing.py). The
+ * signal is taken on the way back from the probe. It comes before the news of it: whoever hears that may
+ * let the process go on at once. Only processes that user space has named, of the user who may stop them
+ * anyway, and no longer than user space says that it is there. */
+
+/* A request's head, the beginning of an HTTP/2 request, or a message of a WebSocket. */
+APART int begins_request(u64 address, u64 total)
+{
+	char first[8] __attribute__((aligned(8))) = {};
+
+	if (total < sizeof(first) || bpf_probe_read_user(first, sizeof(first), (void *)address))
+		return 0;
+	if (starts_a_request(first))
+		return 1;
+	u32 frame = (u8)first[0], masked = (u8)first[1] & 0x80, kind = frame & 0x0f;
+	if ((frame & 0x80) && masked && (kind == 1 || kind == 2))
+		return 1;
+	if (*(u64 *)first == HTTP2_PREFACE) {
+		address += HTTP2_PREFACE_BYTES;
+		total = total > HTTP2_PREFACE_BYTES ? total - HTTP2_PREFACE_BYTES : 0;
+	}
+	return begins_http2_request(address, total);
+}
+
+INLINE void pause_before_request(struct key *key, struct connection *c, u64 address, u64 total)
+{
+	struct pausing *p = pausing_get(&key->tgid);
+	u64 now = bpf_ktime_get_ns();
+
+	if (!p || p->uid != (u32)bpf_get_current_uid_gid() || now >= p->until_ns ||
+	    !begins_request(address, total))
+		return;
+	struct record *r = process_ring_reserve(sizeof(*r));
+	if (!r) { /* nobody would hear of it */
+		count(STAT_PROCESS_RING_FULL, 1);
+		return;
+	}
+	if (send_signal(STOP_SIGNAL)) {
+		process_ring_discard(r);
+		return;
+	}
+	/* Behind the signal: who finds it dropped was let go on since. User space names fewer than fit. */
+	paused_set(&key->tgid, &now);
+	fill(r, KIND_PAUSED, key, c, now);
+	process_ring_submit(r);
+}
+
 /* ---- reads and writes ------------------------------------------------------------------------ */
 
-INLINE int enter(struct registers *r, u32 direction, u64 length_pointer)
+INLINE int enter(struct registers *r, u32 direction, u64 length_pointer, u64 length)
 {
 	u32 zero = 0;
 	struct settings *s = settings_get(&zero);
@@ -1572,6 +1647,8 @@ INLINE int enter(struct registers *r, u32 direction, u64 length_pointer)
 	slot->buffer = ARG2(r);
 	slot->length_pointer = length_pointer;
 	slot->direction = direction;
+	if (c && direction == SENT)
+		pause_before_request(&key, c, ARG2(r), length);
 	return 0;
 }
 
@@ -1632,11 +1709,11 @@ INLINE int leave(struct registers *r, int ex)
 	return 0;
 }
 
-SECTION("uprobe/enter_read") int enter_read(struct registers *r) { return enter(r, RECEIVED, 0); }
-SECTION("uprobe/enter_read_ex") int enter_read_ex(struct registers *r) { return enter(r, RECEIVED, ARG4(r)); }
-SECTION("uprobe/enter_write") int enter_write(struct registers *r) { return enter(r, SENT, 0); }
-SECTION("uprobe/enter_write_ex") int enter_write_ex(struct registers *r) { return enter(r, SENT, ARG4(r)); }
-SECTION("uprobe/enter_write_ex2") int enter_write_ex2(struct registers *r) { return enter(r, SENT, ARG5(r)); }
+SECTION("uprobe/enter_read") int enter_read(struct registers *r) { return enter(r, RECEIVED, 0, 0); }
+SECTION("uprobe/enter_read_ex") int enter_read_ex(struct registers *r) { return enter(r, RECEIVED, ARG4(r), 0); }
+SECTION("uprobe/enter_write") int enter_write(struct registers *r) { return enter(r, SENT, 0, (u32)ARG3(r)); }
+SECTION("uprobe/enter_write_ex") int enter_write_ex(struct registers *r) { return enter(r, SENT, ARG4(r), ARG3(r)); }
+SECTION("uprobe/enter_write_ex2") int enter_write_ex2(struct registers *r) { return enter(r, SENT, ARG5(r), ARG3(r)); }
 SECTION("uprobe/leave_plain") int leave_plain(struct registers *r) { return leave(r, 0); }
 SECTION("uprobe/leave_ex") int leave_ex(struct registers *r) { return leave(r, 1); }
 
@@ -1709,6 +1786,8 @@ INLINE int enter_go(struct registers *r, u32 direction)
 		writing_set(&ids, &key.ssl);
 	if (go_calls_set(&call_key, &call))
 		count(STAT_THREAD_TABLE_FULL, 1);
+	if (c && direction == SENT)
+		pause_before_request(&key, c, GO_BUFFER(r), GO_LENGTH(r));
 	return 0;
 }
 
@@ -2465,6 +2544,18 @@ INLINE void rustls_sent_alert(struct key *key, struct rustls *known)
 	ring_submit(record);
 }
 
+/* It is counted as sent by now, and is not: nobody is told before the process goes on. */
+INLINE void rustls_may_pause(struct key *key, struct rustls *known, struct rustls_message *m)
+{
+	struct key id = {.ssl = known->id, .tgid = key->tgid};
+	struct piece piece;
+	struct connection *c = known->state == RUSTLS_ADMITTED ? connections_get(&id) : 0;
+
+	if (!c || bpf_probe_read_user(&piece, sizeof(piece), (void *)m->pieces) || m->from > piece.length)
+		return;
+	pause_before_request(&id, c, piece.address + m->from, piece.length - m->from);
+}
+
 SECTION("uprobe/enter_rustls_send") int enter_rustls_send(struct registers *r)
 {
 	u32 zero = 0;
@@ -2508,6 +2599,7 @@ SECTION("uprobe/enter_rustls_send") int enter_rustls_send(struct registers *r)
 		rustls_senders_set(&ids, &sender);
 	}
 	if (m.content == RUSTLS_DATA) {
+		rustls_may_pause(&key, known, &m);
 		if (known->by_request)
 			learn_by_request(&key, known, base, cookie);
 	} else if (m.content == RUSTLS_HANDSHAKE) {
@@ -3584,7 +3676,11 @@ SECTION("raw_tracepoint/sched_process_exit") int on_exit(void *unused)
 	born |= TREE_FORKED;
 	tree_drop(&born);
 	tree_drop(&tid);
-	if (tid != tgid || !owners_get(&tgid))
+	if (tid != tgid)
+		return 0;
+	pausing_drop(&tgid);
+	paused_drop(&tgid);
+	if (!owners_get(&tgid))
 		return 0;
 	struct record *r = ring_reserve(sizeof(*r));
 	if (!r) {

@@ -12,6 +12,7 @@ import enum
 import json
 import os
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ PATH_BYTES, PROJECT_BYTES = 256, 208
 
 OPEN, CHUNK, CLOSE, EXIT, EXEC, SHUTDOWN, MAPPED, NOT_HTTP, LOOKUP, UNNAMED, LEARNED = range(1, 12)
 SOCKET_SEEN, SOCKET_ENDED, USED, QUIC = range(12, 16)
-RECORDS_MISSED = 22
+RECORDS_MISSED, PAUSED = 22, 23
 PROCESS, REPORT, REPLY, PROBLEM, HELLO, CONNECTIONS = range(16, 22)
 FLAG_JOINED = 1
 RUSTLS_ID = 1 << 63
@@ -271,6 +272,18 @@ def encode_open(record: Record) -> bytes:
         )
         + names
     )
+
+
+def encode_paused(tgid: int) -> bytes:
+    """News of a process that waits before a request, behind what it has read."""
+    return PREFIX.pack(PREFIX.size + 4, PAUSED, 0, 0) + struct.pack("=I", tgid)
+
+
+def decode_paused(frame: bytes) -> int:
+    """The process. Raises ProtocolViolation."""
+    if len(frame) != PREFIX.size + 4:
+        raise ProtocolViolation(f"a pause of {len(frame)} bytes")
+    return int.from_bytes(frame[PREFIX.size :], sys.byteorder)
 
 
 def encode_message(kind: int, content: Any) -> bytes:

@@ -3,7 +3,8 @@
 It is started as root, or with CAP_NET_RAW, opens the socket, sets its filter, becomes nobody and
 copies. It parses nothing: the kernel's filter decides what comes, and `live_capture.py` at the
 other end reads it. When that end is slow the kernel's buffer fills; what no longer fits is counted
-by the kernel and told. It ends with its reader. Standard library only.
+by the kernel and told. It ends with its reader; one that only stops talking (`shutdown`) gets what
+has come until then. Standard library only.
 
 What goes to the reader is messages: PACKET, with the time (ns, CLOCK_REALTIME) and the packet from
 its IP header on, and DROPPED, with how many packets were dropped since the last one. What comes
@@ -81,9 +82,9 @@ class _Program:
 def port_filter(ports: Sequence[int], muted: Iterable[bytes] = ()) -> bytes:
     """The filter: TCP to or from these ports; loopback shows each packet twice, and one is taken.
 
-    Of UDP to these ports those with a long header are taken: what begins a QUIC connection. From
-    `muted` servers (IPv4, four bytes each) only what begins or ends a connection comes: the bulk of
-    what is no provider's is not copied.
+    UDP is QUIC's. From `muted` servers (IPv4, four bytes each) only what begins or ends a
+    connection comes, of UDP what has a long header: the bulk of what is no provider's is not
+    copied.
     """
     program = _Program()
     program.add(_LOAD_WORD, _PACKET_TYPE)
@@ -115,11 +116,20 @@ def port_filter(ports: Sequence[int], muted: Iterable[bytes] = ()) -> bytes:
     program.add(_RETURN, _TAKE_BYTES)
     program.place("UDP 4")
     program.add(_HEADER_LENGTH_TO_X, 0)
-    program.add(_LOAD_BYTE_X, 8)
-    program.add(_ANY_BIT, _LONG_HEADER, None, "refuse 4")
     program.add(_LOAD_HALF_X, 2)
     for port in ports[:PORTS_MAX]:
         program.add(_EQUAL, port, "take 4 of UDP")
+    program.add(_LOAD_HALF_X, 0)
+    for port in ports[:PORTS_MAX]:
+        program.add(_EQUAL, port, "UDP from a server")
+    program.add(_RETURN, 0)
+    program.place("UDP from a server")
+    program.add(_LOAD_BYTE_X, 8)
+    program.add(_ANY_BIT, _LONG_HEADER, "take 4 of UDP")
+    program.add(_LOAD_WORD, 12)
+    for address in list(muted)[:MUTED_MAX]:
+        program.add(_EQUAL, int.from_bytes(address), "refuse 4")
+    program.add(_RETURN, _TAKE_BYTES)
     program.place("refuse 4")
     program.add(_RETURN, 0)
     program.place("take 4 of UDP")
@@ -127,19 +137,13 @@ def port_filter(ports: Sequence[int], muted: Iterable[bytes] = ()) -> bytes:
     program.place("not 4")
     program.add(_EQUAL, 0x60, None, "refuse")
     program.add(_LOAD_BYTE, 6)
-    program.add(_EQUAL, _UDP, "UDP")
+    program.add(_EQUAL, _UDP, "ports 6")
     program.add(_EQUAL, _TCP, None, "refuse")
+    program.place("ports 6")
     for at in (40, 42):
         program.add(_LOAD_HALF, at)
         for port in ports[:PORTS_MAX]:
             program.add(_EQUAL, port, "take")
-    program.add(_RETURN, 0)
-    program.place("UDP")
-    program.add(_LOAD_BYTE, 48)
-    program.add(_ANY_BIT, _LONG_HEADER, None, "refuse")
-    program.add(_LOAD_HALF, 42)
-    for port in ports[:PORTS_MAX]:
-        program.add(_EQUAL, port, "take")
     program.place("refuse")
     program.add(_RETURN, 0)
     program.place("take")
@@ -195,15 +199,25 @@ class Sniffer:
         while True:
             ready = dict(waiting.poll(STATISTICS_EVERY_S * 1000))
             if self._link.fileno() in ready and not self._obey():
+                self._copy_rest(time.time_ns())
                 return
             if self._packets.fileno() in ready:
                 self._copy()
             if time.monotonic() >= self._statistics_at:
                 self._tell_dropped()
 
-    def _copy(self) -> None:
-        """Send what is there, some hundred packets at a time; waits for a slow reader."""
-        batch = bytearray()
+    def _copy_rest(self, now_ns: int) -> None:
+        """Send what came until now and was not sent yet."""
+        while (latest_ns := self._copy()) is not None and latest_ns <= now_ns:
+            pass
+        self._tell_dropped()
+
+    def _copy(self) -> int | None:
+        """Send what is there, some hundred packets at a time; waits for a slow reader.
+
+        The time of the last one; None: there was none.
+        """
+        batch, latest_ns = bytearray(), None
         for _ in range(BATCH):
             try:
                 data, ancillary, _, address = self._packets.recvmsg(PACKET_BYTES_MAX, 64)
@@ -211,11 +225,13 @@ class Sniffer:
                 break
             except OSError:  # an interface went down: the others go on
                 break
+            latest_ns = _time_ns(ancillary)
             if address[1] not in (_ETH_P_IP, _ETH_P_IPV6):
                 continue
-            batch += HEAD.pack(PACKET, len(data), _time_ns(ancillary)) + data
+            batch += HEAD.pack(PACKET, len(data), latest_ns) + data
         if batch:
             self._link.sendall(batch)
+        return latest_ns
 
     def _tell_dropped(self) -> None:
         self._statistics_at = time.monotonic() + STATISTICS_EVERY_S

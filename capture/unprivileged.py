@@ -14,11 +14,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def give_up_privileges() -> None:
     """Become nobody for good (where we are root), whom no other process of nobody's can trace."""
+    become(NOBODY, NOBODY)
+
+
+def become(uid: int, gid: int) -> None:
+    """Become that user for good (where we are root), of no other group; nobody can trace us."""
     _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if os.geteuid() == 0:
         os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 

@@ -152,6 +152,7 @@ class UprobeSource:
         self._replies: dict[int, dict[str, Any]] = {}
         self._problems: tuple[Problem, ...] = ()
         self._report: dict[str, Any] = {}
+        self._paused: list[int] = []
         self._connections: list[Connections] = []
         self._number = 0
         self._ended = False
@@ -351,7 +352,7 @@ class UprobeSource:
 
         That is what came with the answer to a question, and the end of what was shut down.
         """
-        return 0.0 if self._events else self._closing_at()
+        return 0.0 if self._events or self._paused else self._closing_at()
 
     def _closing_at(self) -> float | None:
         return min((at for at, _ in self._closing.values()), default=None)
@@ -446,6 +447,8 @@ class UprobeSource:
             tgid, ssl, opened_ns = about["connection"]
             process = proc.from_json(about["process"])
             self._processes[tgid, ssl, opened_ns] = process, self._frame_at
+        elif kind == protocol.PAUSED:
+            self._paused.append(protocol.decode_paused(frame))
         elif kind == protocol.CONNECTIONS:
             self._connections += map(parsed_connections, protocol.decode_message(frame))
         elif kind == protocol.REPORT:
@@ -597,6 +600,22 @@ class UprobeSource:
         """
         self._ask({"do": "pace", "ms": pause_ms}, timeout_s)
 
+    def pause(self, pid: int, *, on: bool) -> None:
+        """Have a process wait before each request until `answer` says so, or no longer.
+
+        Nobody waits for this: one that cannot be paused is not.
+        """
+        self._order({"do": "pause", "pid": pid, "on": on})
+
+    def take_paused(self) -> list[int]:
+        """Processes that wait since the last call; what they have read was handed out before."""
+        found, self._paused = self._paused, []
+        return found
+
+    def answer(self, pid: int, *, goes_on: bool) -> None:
+        """Let one go on that waits; or leave it stopped, as we hold it ourselves."""
+        self._order({"do": "answer", "pid": pid, "goes_on": goes_on})
+
     def set_hosts(self, hosts: Iterable[str], timeout_s: float = 5.0) -> None:
         """Replace the list of hosts; connections already admitted stay so."""
         self.hosts = tuple(hosts)
@@ -608,6 +627,15 @@ class UprobeSource:
 
     def _ask(self, command: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         return self._await(self._send(command), timeout_s)
+
+    def _order(self, command: dict[str, Any]) -> None:
+        """A command whose answer nobody waits for."""
+        if self._link is None:
+            return
+        try:
+            self._link.sendall(protocol.encode_command({**command, "id": -1}))
+        except OSError:
+            self._lose_link()
 
     def _send(self, command: dict[str, Any]) -> int:
         """Put a question; the number under which its answer comes."""

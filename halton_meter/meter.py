@@ -64,6 +64,7 @@ EXCHANGES_REMEMBERED_MAX = 16_384
 # What is taken of a request that has no answer yet: so many of its bytes are a token, and so many
 # tokens are the answer.
 PREVIEW_BYTES_A_TOKEN, PREVIEW_OUTPUT_TOKENS = 4, 500
+MOST_OUTPUT_TOKENS = 128_000  # no model answers more at once
 
 Price = Callable[[UsageEvent], PricedEvent]
 Attribute = Callable[[Process], tuple[str | None, str | None]]
@@ -196,6 +197,13 @@ class Meter:
             free=None,
         )
         return self._price(usage)
+
+    def at_most(self, preview: PricedEvent) -> PricedEvent:
+        """What a previewed request costs at most: a token a byte, and the longest answer."""
+        (part,) = preview.usage.parts
+        size = (part.tokens.input or 0) * PREVIEW_BYTES_A_TOKEN
+        tokens = Tokens(input=size, output=MOST_OUTPUT_TOKENS)
+        return self._price(replace(preview.usage, parts=(replace(part, tokens=tokens),)))
 
     def finish(self, at_ns: int) -> list[PricedEvent]:
         """End of the capture: close every open conversation as cut off at `at_ns`."""

@@ -371,11 +371,18 @@ class Commanded:
             process_ring=ring,
             connections=SimpleNamespace(all_keys=list),
             programs={},
-            maps={"name_locations": -1, "proofs": -1, "sockets": -1, "addresses": -1},
+            maps=dict.fromkeys(
+                ("name_locations", "proofs", "sockets", "addresses", "pausing", "paused"), -1
+            ),
         )
         tree = SimpleNamespace(watch=lambda pid: None, include=lambda pid: [])
         scope: Any = SimpleNamespace(
-            check_owner=self._check, set_hosts=self._hosts, tree=tree, restricted=False
+            check_owner=self._check,
+            set_hosts=self._hosts,
+            tree=tree,
+            restricted=False,
+            reader=os.getuid(),
+            in_scope=lambda pid: True,
         )
         relay = Spool.new(SPOOL_BYTES), Receipt.new()
         self.helper = made = helper.Helper(far, Hold(), kernel, relay, scope, Finder())
@@ -419,8 +426,10 @@ class Commanded:
 
 
 @given(
-    anything(["id", "do", "pid", "hosts", "from"]),
-    st.sampled_from(["root", "watch", "search", "hosts", "report", "barrier", "read", ""]),
+    anything(["id", "do", "pid", "hosts", "from", "on", "goes_on"]),
+    st.sampled_from(
+        ["root", "watch", "search", "hosts", "report", "barrier", "read", "pause", "answer", ""]
+    ),
 )
 @quick
 def test_nothing_that_its_reader_says_ends_the_helper(raw: bytes, do: str) -> None:

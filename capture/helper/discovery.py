@@ -92,7 +92,7 @@ def _is_tls_by_name(mapping: FileMapping) -> bool:
 
 class Discovery:
     """Follows processes. `on_change` is called when there is something new to report, `on_open`
-    when a process has opened a connection that is metered."""
+    when a process has opened a connection that is metered, `on_pause` when one waits."""
 
     def __init__(
         self,
@@ -102,6 +102,7 @@ class Discovery:
         on_change: Callable[[], None],
         on_open: Callable[[protocol.Record], None] = lambda _: None,
         on_socket: Callable[[protocol.Record], None] = lambda _: None,
+        on_pause: Callable[[protocol.Record], None] = lambda _: None,
     ) -> None:
         self._process_ring = process_ring
         self.files = files
@@ -109,6 +110,7 @@ class Discovery:
         self._on_change = on_change
         self._on_open = on_open
         self._on_socket = on_socket
+        self._on_pause = on_pause
         self.identities = Identities(self._runs_another)
         self.lookups = Lookups()
         self.watched: dict[int, Watched] = {}
@@ -185,6 +187,8 @@ class Discovery:
                 self._on_open(record)
             elif record.kind in _OF_SOCKETS:
                 self._on_socket(record)
+            elif record.kind == protocol.PAUSED:
+                self._on_pause(record)
 
     def act_on_news(self) -> None:
         """Take the news and act on all of it: for the loop alone, never while a scan goes on."""

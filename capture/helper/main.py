@@ -44,6 +44,7 @@ from capture.helper.kernel import (
 )
 from capture.helper.lookups import attach_resolver
 from capture.helper.mounts import offer_headers, own_mounts
+from capture.helper.pausing import Pausing
 from capture.helper.process_tree import ProcessTree
 from capture.helper.promptness import HELPER, be_ordinary, be_prompt
 from capture.helper.relay.announcements import unannounced
@@ -113,7 +114,9 @@ class Helper:
             self._report_soon,
             self._name_opener,
             self._take_socket,
+            self._take_paused,
         )
+        self._pausing = Pausing(kernel.maps["pausing"], kernel.maps["paused"], scope.reader)
         self._coverage = Coverage(self._discovery, self._tree)
         self._sockets = Sockets(
             bpf.Map(kernel.maps["sockets"], 8, protocol.SOCKET.size),
@@ -143,6 +146,7 @@ class Helper:
     def begin(self, command: dict[str, Any]) -> None:
         """Attach to what is there. Raises OSError, Refused."""
         kernel, discovery, scope = self._kernel, self._discovery, command["scope"]
+        self._pausing.end()
         self._traces += attach_tracepoints(kernel, self._hold)
         self._attach_sockets()
         for readable in (kernel.process_ring.fd, kernel.ring.fd):
@@ -195,6 +199,11 @@ class Helper:
     def _take_socket(self, record: protocol.Record) -> None:
         self._sockets.take(record)
 
+    def _take_paused(self, record: protocol.Record) -> None:
+        """The kernel has stopped a process before a request: the reader says when it goes on."""
+        if self._pausing.take(record.tgid, time.monotonic()):
+            self._forwarder.put_behind(protocol.encode_paused(record.tgid))
+
     def _owner(self, socket: protocol.Socket) -> Process:
         """Whose connection it is."""
         process = self._discovery.identities.of(
@@ -223,6 +232,7 @@ class Helper:
         if self._sock is not None and self._listening is not None:
             self._epoll.unregister(self._sock)
         self._sock, self._listening = sock, None
+        self._pausing.end()
         self._commands_refused += self._commands.refused
         self._commands = untrusted.Lines(protocol.COMMAND_BYTES_MAX)
         self._forwarder.connect(sock)
@@ -311,6 +321,10 @@ class Helper:
                 self._tree.watch(pid)
             elif what == "pace":
                 self._set_pace(command)
+            elif what == "pause":
+                self._pause(command)
+            elif what == "answer":
+                self._pausing.answer(_pid(command), goes_on=command.get("goes_on") is not False)
             elif what == "search":
                 answer["searching"] = self._search(command)
             elif what == "hosts":
@@ -336,6 +350,14 @@ class Helper:
             raise Refused(f"pace: a whole number of milliseconds from 1 to {PAUSE_MS_MAX}")
         self._pause_s = pause_ms / 1000
         self._resume()
+
+    def _pause(self, command: dict[str, Any]) -> None:
+        """Have a process paused before each request, or no longer."""
+        pid, on = _pid(command), command.get("on") is True
+        if on and not self._scope.in_scope(pid):
+            raise Refused(f"process {pid} is not metered")
+        if not self._pausing.name(pid, on=on):
+            raise Refused(f"process {pid} cannot be paused")
 
     def _search(self, command: dict[str, Any]) -> int:
         """Look into programs that somebody is about to run; how many are searched as yet."""
@@ -387,6 +409,7 @@ class Helper:
             self.report()
         if now >= discovery.sweep_at:
             discovery.sweep(now)
+        self._pausing.tick(now)
         discovery.look_ahead(now)
         self._watch_ring(now)
 
@@ -408,6 +431,8 @@ class Helper:
 
     def _wait_s(self, now: float) -> float:
         times = [self._discovery.due(now)]
+        if (due := self._pausing.due_at) is not None:
+            times.append(due)
         if self._commands.waiting and not self._forwarder.blocked:
             return 0.0
         if self._paused and not self._forwarder.blocked:
@@ -516,6 +541,10 @@ class Helper:
         fields = (size, protocol.CLOSE, 0, 0, tgid, 0, ssl, opened, at_ns, sent, 0, 0)
         return bytes(protocol.RECORD.pack(*fields) + body)
 
+    def end_pauses(self) -> None:
+        """However we end: nobody waits for us."""
+        self._pausing.end()
+
     def finish_searches(self) -> None:
         """Behind a run: end the capture, and what was begun to be searched is found and kept.
 
@@ -564,6 +593,7 @@ class Helper:
             "waits_for_searches": self._coverage.waits_for_searches(),
             "programs_unknown": self._programs_unknown,
             "refused": self._commands.refused + self._commands_refused,
+            "pauses_given_up": self._pausing.given_up,
             "rss_bytes": rss_bytes(),
         }
         if sums := self._sockets.take_sums():
@@ -641,7 +671,10 @@ def serve(sock: socket.socket, hold: Hold | None = None) -> None:
         return
     helper.connect(sock)
     bound_memory(MEMORY_MORE_BYTES)
-    helper.run()
+    try:
+        helper.run()
+    finally:
+        helper.end_pauses()
     helper.finish_searches()
 
 

@@ -41,6 +41,7 @@ class EnforcedScope:
         request_bytes_max: int | None = None,
     ) -> None:
         self._scope = scope
+        self.reader: int | None = scope.get("reader")
         self.restricted = restricted
         self.tree = tree
         self._host_map = bpf.Map(maps["hosts"], 4 + protocol.HOST_BYTES_MAX, 1)

@@ -2,8 +2,9 @@
 
 A client writes its keys while it shakes hands, so they are a moment behind the first packets. Some
 write none when they resume a session of TLS 1.2 (Go): its secret is that of an earlier connection,
-which is found by trial. What comes meanwhile waits, in order; what waits too long, or is too much,
-is given up and told. No clock: time is that of the packets. All else is `opening.py`'s.
+which is found by trial, also when it comes later than the connection that it opens. What comes
+meanwhile waits, in order; what waits too long, or is too much, is given up and told. No clock: time
+is that of the packets. All else is `opening.py`'s.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ KEYS_NS_MAX = 10_000_000_000
 WAITING_BYTES_MAX = 32 << 20
 WORK_COST_BYTES = 512
 CONNECTIONS_MAX = 65_536
-# Handshakes, newest first, whose secrets are tried for a resumed connection; each takes 50 us.
+# Handshakes whose secrets are tried for a resumed connection, each takes 50 us: of those that are
+# known when it begins the newest, and as many of those that come while it waits.
 SESSIONS_MAX = 256
 
 
@@ -35,7 +37,9 @@ class _Waiting:
     since_ns: int
     work: deque[Work] = field(default_factory=deque)
     bytes: int = 0
-    is_tried: bool = False  # with the secrets of earlier sessions
+    proof: Records | None = None  # what the secret of an earlier session has to open
+    tried: int = 0  # handshakes of the key log, by number
+    tries_left: int = SESSIONS_MAX  # of those that come later
 
 
 class AwaitingKeys:
@@ -102,9 +106,9 @@ class AwaitingKeys:
     def _keep(self, waiting: _Waiting, work: Work) -> None:
         cost = WORK_COST_BYTES + (len(work.payload) if isinstance(work, Records) else 0)
         waiting.work.append(work)
-        if isinstance(work, Records) and work.encrypted and not waiting.is_tried:
-            waiting.is_tried = work.index == 0
-            if waiting.is_tried and self._resumed(work, waiting.client_random):
+        if isinstance(work, Records) and waiting.proof is None and _may_be_resumed(work):
+            waiting.proof = work
+            if self._is_resumed(waiting, SESSIONS_MAX):
                 self.keys_came()
                 return
         waiting.bytes += cost
@@ -115,7 +119,7 @@ class AwaitingKeys:
     def keys_came(self) -> None:
         """Read what has its keys now."""
         for waiting in list(self._waiting.values()):
-            if self._has_keys(waiting.client_random):
+            if self._has_keys(waiting.client_random) or self._is_resumed_since(waiting):
                 self._remove(waiting)
                 for work in waiting.work:
                     self._opening.do(work)
@@ -132,14 +136,24 @@ class AwaitingKeys:
         for waiting in list(self._waiting.values()):
             self._give_up(waiting)
 
-    def _resumed(self, work: Records, random: bytes) -> bool:
-        """Whether a connection goes on with an earlier one's secret, which is then its own, too."""
-        hello = work.keys.server_hello
-        if hello is None or not hello.resumes(work.keys.session):
+    def _is_resumed_since(self, waiting: _Waiting) -> bool:
+        """The same, by the secrets that have come since the last look."""
+        if waiting.proof is None or not waiting.tries_left:
             return False
+        new = min(self._keys.seen - waiting.tried, waiting.tries_left)
+        waiting.tries_left -= new
+        return self._is_resumed(waiting, new)
+
+    def _is_resumed(self, waiting: _Waiting, newest: int) -> bool:
+        """Whether it goes on with an earlier connection's secret, which is then its own, too."""
+        work, random = waiting.proof, waiting.client_random
+        waiting.tried = self._keys.seen
+        assert work is not None
+        hello = work.keys.server_hello
+        assert hello is not None
         record, _, _ = next(encrypted_records(work))
         side = 0 if work.half.direction is Direction.SENT else 1
-        for earlier in itertools.islice(self._keys.newest_first(), SESSIONS_MAX):
+        for earlier in itertools.islice(self._keys.newest_first(), newest):
             master = self._keys.secret(earlier, "CLIENT_RANDOM")
             pair = None if master is None else tls.keys12(master, random, hello)
             if master is not None and pair is not None and pair[side].open(record, 0) is not None:
@@ -165,3 +179,10 @@ class AwaitingKeys:
             if len(self._given_up) > CONNECTIONS_MAX:
                 self._given_up.popitem(last=False)
         self._missing(waiting.connection)
+
+
+def _may_be_resumed(work: Records) -> bool:
+    """Whether these are the first encrypted records of a direction, of a session that goes on."""
+    hello = work.keys.server_hello
+    resumes = hello is not None and hello.resumes(work.keys.session)
+    return resumes and bool(work.encrypted) and work.index == 0

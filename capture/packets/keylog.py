@@ -56,6 +56,7 @@ class KeyLog:
         self._secrets: dict[bytes, bytes] = {}
         self._count = 0
         self.refused = 0
+        self.seen = 0  # handshakes so far, those that were forgotten included
 
     def __repr__(self) -> str:
         return f"KeyLog({len(self._secrets)} handshakes)"
@@ -87,6 +88,7 @@ class KeyLog:
                 self.refused += 1
                 continue
             self._count += 1
+            self.seen += random not in self._secrets
             if number in before:  # the last one counts
                 known = b"".join(_packed(n, s) for n, s in before.items() if n != number)
             self._secrets[random] = known + _packed(number, secret)

@@ -1,9 +1,8 @@
-"""The host of a QUIC connection, by the ClientHello in its first packets; nothing else is read.
+"""The ClientHello in a QUIC connection's first packets, with the host; nothing else is read.
 
 Initial packets are encrypted with keys that follow from the connection's id in them (RFC 9001,
 5.2), so anybody may read them; a client may cut its hello over several, in pieces in any order.
-Versions 1 (RFC 9000) and 2 (RFC 9369). No secrets, no streams: what follows needs keys that tshark
-could use, and is not decrypted.
+Versions 1 (RFC 9000) and 2 (RFC 9369). No secrets, no streams: what follows is `quic_packets.py`'s.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.hmac import HMAC
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-from capture.packets.tls import client_hello
+from capture.packets.tls import ClientHello, client_hello
 
 CONNECTIONS_MAX = 4_096
 # Datagrams of one connection that are looked at: a hello with post-quantum shares takes two.
@@ -68,54 +67,75 @@ def _expand(secret: bytes, label: bytes, length: int) -> bytes:
     return HKDFExpand(SHA256(), length, info).derive(secret)
 
 
+class Told(NamedTuple):
+    """A client's hello, with the version and the datagrams in which it came."""
+
+    hello: ClientHello
+    version: Version
+    datagrams: list[bytes]
+
+
 @dataclass(slots=True)
 class _Connection:
     keys: InitialKeys
+    version: Version
+    first_id: bytes
+    is_told: bool = False
     crypto: dict[int, bytes] = field(default_factory=dict)
-    datagrams: int = 0
+    datagrams: list[bytes] = field(default_factory=list)
 
 
 class QuicHellos:
-    """The hosts of QUIC connections, each told once; `unnamed` counts those that told none."""
+    """The hellos of QUIC connections, each told once; `unnamed` counts those without a host."""
 
     def __init__(self) -> None:
-        self._connections: OrderedDict[bytes, _Connection | None] = OrderedDict()  # None: told
+        self._connections: OrderedDict[bytes, _Connection] = OrderedDict()
         self.unnamed = 0
 
-    def datagram(self, addresses: bytes, data: bytes) -> str | None:
-        """The host, once enough of a connection was seen; `addresses` tell connections apart."""
-        if addresses in self._connections and self._connections[addresses] is None:
-            return None
+    def hello(self, addresses: bytes, data: bytes) -> Told | None:
+        """The hello, once enough of a connection was seen; `addresses` tell connections apart.
+
+        Where addresses and ports are used again, a new connection is known by its first packet: no
+        other can be opened with the keys that follow from its own id.
+        """
+        known = self._connections.get(addresses)
         for version, connection_id, start, end in _initials(data):
-            known = self._connections.get(addresses)
-            if known is None:
-                known = _Connection(initial_keys(version, connection_id))
+            if known is None or (known.is_told and connection_id != known.first_id):
+                keys = initial_keys(version, connection_id)
+                if known is not None and _opened(keys, data, start, end) is None:
+                    continue
+                known = _Connection(keys, version, connection_id)
                 self._begin(addresses, known)
+            if known.is_told:
+                continue
             payload = _opened(known.keys, data, start, end)
             for offset, piece in _crypto(payload or b""):
                 if offset + len(piece) <= HELLO_BYTES_MAX:
                     known.crypto[offset] = piece
-        known = self._connections.get(addresses)
-        return None if known is None else self._judge(addresses, known)
+        if known is None or known.is_told:
+            return None
+        known.datagrams.append(data)
+        return self._judge(known)
 
     def _begin(self, addresses: bytes, connection: _Connection) -> None:
         self._connections[addresses] = connection
+        self._connections.move_to_end(addresses)
         if len(self._connections) > CONNECTIONS_MAX:
             _, oldest = self._connections.popitem(last=False)
-            self.unnamed += oldest is not None
+            self.unnamed += not oldest.is_told
 
-    def _judge(self, addresses: bytes, known: _Connection) -> str | None:
-        known.datagrams += 1
+    def _judge(self, known: _Connection) -> Told | None:
         message = _joined(known.crypto)
         whole = len(message) >= 4 and len(message) >= 4 + int.from_bytes(message[1:4])
-        if not whole and known.datagrams < DATAGRAMS_MAX:
+        if not whole and len(known.datagrams) < DATAGRAMS_MAX:
             return None
-        self._connections[addresses] = None
+        datagrams, known.datagrams, known.crypto = known.datagrams, [], {}
+        known.is_told = True
         hello = client_hello(message) if whole else None
         if hello is None or hello.server_name is None:
             self.unnamed += 1
             return None
-        return hello.server_name
+        return Told(hello, known.version, datagrams)
 
 
 def _joined(pieces: dict[int, bytes]) -> bytes:
@@ -146,9 +166,9 @@ def _initials(data: bytes) -> Iterator[tuple[Version, bytes, int, int]]:
         place += 1 + data[place]
         is_initial = data[at] & 0x30 == version.initial
         if is_initial:
-            token, place = _number(data, place)
+            token, place = number(data, place)
             place += token
-        size, place = _number(data, place)
+        size, place = number(data, place)
         end = place + size
         if place >= len(data) or end > len(data):
             return
@@ -161,8 +181,8 @@ def _opened(keys: InitialKeys, data: bytes, start: int, end: int) -> bytes | Non
     """The payload of an Initial packet; RFC 9001, 5.3 and 5.4."""
     place = start + 6 + data[start + 5]
     place += 1 + data[place]
-    token, place = _number(data, place)
-    _, place = _number(data, place + token)
+    token, place = number(data, place)
+    _, place = number(data, place + token)
     sample = data[place + 4 : place + 20]
     if len(sample) < 16 or end - place < 20:
         return None
@@ -170,9 +190,9 @@ def _opened(keys: InitialKeys, data: bytes, start: int, end: int) -> bytes | Non
     mask = encryptor.update(sample)
     first = data[start] ^ (mask[0] & 0x0F)
     size = (first & 3) + 1
-    number = bytes(a ^ b for a, b in zip(data[place : place + size], mask[1:], strict=False))
-    head = bytes((first,)) + data[start + 1 : place] + number
-    nonce = int.from_bytes(keys.iv) ^ int.from_bytes(number)
+    shown = bytes(a ^ b for a, b in zip(data[place : place + size], mask[1:], strict=False))
+    head = bytes((first,)) + data[start + 1 : place] + shown
+    nonce = int.from_bytes(keys.iv) ^ int.from_bytes(shown)
     try:
         return AESGCM(keys.key).decrypt(nonce.to_bytes(12), data[place + size : end], head)
     except (InvalidTag, ValueError):
@@ -187,15 +207,15 @@ def _crypto(payload: bytes) -> Iterator[tuple[int, bytes]]:
         if kind in (0, 1):  # PADDING, PING
             at += 1
         elif kind == 6:
-            offset, at = _number(payload, at + 1)
-            length, at = _number(payload, at)
+            offset, at = number(payload, at + 1)
+            length, at = number(payload, at)
             yield offset, payload[at : at + length]
             at += length
         else:  # an ACK or the end of the connection: no piece follows in what clients send first
             return
 
 
-def _number(data: bytes, at: int) -> tuple[int, int]:
+def number(data: bytes, at: int) -> tuple[int, int]:
     """A variable-length integer and where it ends; RFC 9000, 16. Past the end: past the end."""
     if at >= len(data):
         return 0, len(data)

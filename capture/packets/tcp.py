@@ -51,6 +51,8 @@ class Datagram(NamedTuple):
 
     addresses: bytes
     payload: bytes
+    sent: bool  # by the client
+    at_ns: int
 
     def ends(self) -> tuple[tuple[str, int], tuple[str, int]]:
         """Sender and receiver."""
@@ -178,12 +180,10 @@ class Flow:
 class Reassembly:
     """Every TCP connection of one capture."""
 
-    def __init__(
-        self, listener: Listener, quic: Callable[[Datagram], None] = lambda datagram: None
-    ) -> None:
-        """`quic` is given what begins QUIC connections; they are counted here either way."""
+    def __init__(self, listener: Listener, quic: Callable[[Datagram], None] | None = None) -> None:
+        """`quic` is given QUIC's datagrams; its connections are counted here either way."""
         self._listener = listener
-        self._begin_quic = quic
+        self._quic_datagram = quic
         self._halves: dict[bytes, Half] = {}
         # Ordered, as a plain dictionary is slow to give its first entry after many deletions.
         self._flows: OrderedDict[bytes, Flow] = OrderedDict()
@@ -241,15 +241,18 @@ class Reassembly:
     # --- UDP ---------------------------------------------------------------------------------
 
     def _udp(self, frame: bytes, addresses: bytes, segment: int, end: int) -> None:
-        """Count QUIC's Initial packets towards port 443."""
-        if frame[segment + 2 : segment + 4] != b"\x01\xbb" or len(frame) < segment + 13:
+        """Hand on what comes from port 443 or goes there; count QUIC's Initial packets."""
+        sent = frame[segment + 2 : segment + 4] == b"\x01\xbb"
+        if not sent and frame[segment : segment + 2] != b"\x01\xbb":
             return
+        key = addresses + frame[segment : segment + 4]
         first, version = frame[segment + 8], frame[segment + 9 : segment + 13]
-        if first & 0xC0 == 0xC0 and version in (b"\0\0\0\1", b"\x6b\x33\x43\xcf"):
-            key = addresses + frame[segment : segment + 4]
-            if len(self._quic) < FLOWS_MAX:
-                self._quic.add(key)
-            self._begin_quic(Datagram(key, frame[segment + 8 : end]))
+        begins = first & 0xC0 == 0xC0 and version in (b"\0\0\0\1", b"\x6b\x33\x43\xcf")
+        if sent and begins and len(self._quic) < FLOWS_MAX:
+            self._quic.add(key)
+        if self._quic_datagram is not None:
+            payload = frame[segment + 8 : end]
+            self._quic_datagram(Datagram(key, payload, sent, self.at_ns))
 
     # --- TCP ---------------------------------------------------------------------------------
 

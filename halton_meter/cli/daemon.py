@@ -196,6 +196,7 @@ def _serve_key_log(owner: str | None, keys: tuple[Path, ...], interface: str | N
     from halton_meter.cli.configured import require_sound
     from halton_meter.live import own_code
     from halton_meter.live.keylog import service
+    from halton_meter.live.keylog.connectors import start_connectors
     from halton_meter.live.keylog.run import HTTPS, start_capture
     from halton_meter.problem import Unavailable
 
@@ -204,11 +205,12 @@ def _serve_key_log(owner: str | None, keys: tuple[Path, ...], interface: str | N
     account = accounts.account_named(owner) if owner else accounts.invoking_account()
     fix = "sudo halton-meter daemon --foreground --via keylog"
     link = start_capture([HTTPS], interface, fix)
+    connectors = start_connectors(account.uid, account.gid, [HTTPS])
     privileges.become_for_good(account)  # what captures is there already
     if owner is None:
         require_sound()
     try:
-        return service.serve(accounts.home_folder(), keys, link, say)
+        return service.serve(accounts.home_folder(), keys, link, connectors, say)
     except OSError as error:
         raise Unavailable(
             [Problem(f"the service cannot begin: {error}", "halton-meter doctor")]

@@ -166,8 +166,10 @@ def _through_probes(command: Sequence[str], via: str, limit: RunLimit) -> RunRes
     from halton_meter import accounts, config, privileges
     from halton_meter.cli.configured import told
     from halton_meter.live import own_code
+    from halton_meter.live.control import Control
     from halton_meter.live.probes import service
     from halton_meter.live.probes.supervisor import Plan
+    from halton_meter.live.probes.watched_run import run_watched
     from halton_meter.problem import Unavailable
 
     if accounts.is_root() and (problems := own_code.problems()):
@@ -178,7 +180,7 @@ def _through_probes(command: Sequence[str], via: str, limit: RunLimit) -> RunRes
     if control is not None:  # what attaches is there already: we need no root any more
         privileges.settle(needs_root=False)
         told(config.read(home), GOES_ON)
-        return service.run_watched(command, environment, account, control, limit)
+        return run_watched(command, environment, account, control, lambda: Control(home), limit)
     if not accounts.is_root() and via == "auto":
         note(
             "not root and no service running: using a local proxy "
@@ -275,6 +277,7 @@ def through_key_log(command: Sequence[str], record: Callable[[], Path] | None = 
     from halton_meter import accounts, config, privileges
     from halton_meter.cli.configured import told
     from halton_meter.live import own_code
+    from halton_meter.live.keylog.connectors import start_connectors
     from halton_meter.live.keylog.run import HTTPS, meter_command, start_capture
     from halton_meter.live.result import Recorded
     from halton_meter.problem import Unavailable
@@ -284,15 +287,16 @@ def through_key_log(command: Sequence[str], record: Callable[[], Path] | None = 
     account, home = accounts.invoking_account(), accounts.home_folder()
     environment = privileges.user_environment(account, os.environ, privileges.sudo_environment())
     link = start_capture([HTTPS])
+    connectors = start_connectors(account.uid, account.gid, [HTTPS])
     privileges.settle(needs_root=False)  # what captures is there already
     found = config.read(home)
     told(found, GOES_ON)
     hosts = found.config.extra_hosts
     if record is None:
-        return meter_command(command, home, environment, hosts, link)
+        return meter_command(command, home, environment, hosts, link, connectors=connectors)
     keeping = Keeping(CaptureWriter(record()))
     try:
-        result = meter_command(command, home, environment, hosts, link, keeping)
+        result = meter_command(command, home, environment, hosts, link, keeping, connectors)
     finally:
         keeping.close()
     result.recorded = Recorded(keeping.connections, keeping.packets, keeping.error)

@@ -10,7 +10,7 @@ No I/O and no clock.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import NamedTuple
@@ -84,9 +84,15 @@ class Cap:
     """What one run may spend. `id` names it to `budget resume`."""
 
     def __init__(
-        self, usd: Decimal, name: str, holds: str = STOP, spent: Amount | None = None
+        self,
+        usd: Decimal,
+        name: str,
+        holds: str = STOP,
+        spent: Amount | None = None,
+        seen: Collection[str] = (),
     ) -> None:
         self.id, self.usd, self.holds = name, usd, holds
+        self._seen = frozenset(seen)  # events that are in `spent`, and may come again
         self.more_usd = Decimal(0)
         self.key = ""  # what `budget resume` allows more for, also to a worker after this one
         self._budget = Budget(RUN, usd, RUN)
@@ -107,7 +113,8 @@ class Cap:
 
     def add(self, event: PricedEvent) -> None:
         """Count an event of the run, once however often it is seen."""
-        self._sums.add(of_event(event))
+        if event.usage.id not in self._seen:
+            self._sums.add(of_event(event))
 
     def over(self, flying: Flying = NOTHING) -> Over | None:
         """Whether it is reached, with what is under way."""
@@ -126,6 +133,10 @@ class Cap:
             in_flight=flying.requests,
         )
 
+    def may_be_crossed(self, flights: Iterable[Flight]) -> bool:
+        """Whether answers that are under way may reach it, however long they become."""
+        return may_reach(self.amount.usd, self.limit_usd, flights)
+
     def allow(self, usd: Decimal) -> None:
         """Let so much more be spent from now on, however far it is over the limit."""
         self.more_usd = max(self.amount.usd - self.usd, self.more_usd) + usd
@@ -133,13 +144,27 @@ class Cap:
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """A request that has no answer yet. `spent` says what it belongs to, and has no dollars."""
+    """A request that has no answer yet. `spent` says what it belongs to, and has no dollars.
+
+    `most_usd` is what it may cost at most; None: nobody knows.
+    """
 
     connection_id: str
     started_ns: int
     process: Process | None
     spent: Spent
     guess_usd: Decimal | None
+    most_usd: Decimal | None = None
+
+
+def may_reach(spent_usd: Decimal, limit_usd: Decimal, flights: Iterable[Flight]) -> bool:
+    """Whether what was spent and the dearest answers to these requests come to a limit."""
+    usd = spent_usd
+    for flight in flights:
+        if flight.most_usd is None:
+            return True
+        usd += flight.most_usd
+    return usd >= limit_usd
 
 
 class Flights:
@@ -153,14 +178,17 @@ class Flights:
     def __iter__(self) -> Iterator[Flight]:
         return (each for flights in self._open.values() for each in flights)
 
-    def begin(self, exchange: Exchange, priced: PricedEvent) -> Flight:
-        """A request was sent; `priced` is its preview (`Meter.preview`)."""
+    def begin(
+        self, exchange: Exchange, priced: PricedEvent, most_usd: Decimal | None = None
+    ) -> Flight:
+        """A request was sent; `priced` is its preview (`Meter.preview`), the other its most."""
         flight = Flight(
             exchange.connection.id,
             exchange.started_ns,
             exchange.connection.process,
             of_usage(priced.usage),
             priced.list_usd,
+            most_usd,
         )
         if self._count < FLIGHTS_MAX:
             self._open.setdefault(flight.connection_id, []).append(flight)

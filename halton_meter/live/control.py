@@ -376,8 +376,9 @@ class Control:
 
 
 def _is_news(message: dict[str, Any]) -> bool:
-    """Whether a service said it unasked: a limit holds a run, or lets it go on."""
-    return "limit_reached" in message or "limit_lifted" in message
+    """Whether a service said it unasked: what it metered of a run, that a limit holds that, or
+    lets it go on."""
+    return any(word in message for word in ("metered", "limit_reached", "limit_lifted"))
 
 
 def answering(home: Path) -> list[str]:

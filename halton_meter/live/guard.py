@@ -22,7 +22,7 @@ from pathlib import Path
 from halton_meter import config
 from halton_meter.budget import Bucket, Budget, Spent
 from halton_meter.live.acting import Actor
-from halton_meter.live.caps import NOTHING, Flight, Flights, Flying, Over
+from halton_meter.live.caps import NOTHING, Flight, Flights, Flying, Over, may_reach
 from halton_meter.live.stopping import is_alive
 from halton_meter.model import PricedEvent
 from halton_meter.spending import firing, ledger, status_file, stops
@@ -303,6 +303,23 @@ class Guard:
                     limit_usd = budget.usd + held.more.get(key, Decimal(0))
                     if amount.usd + 4 * dear >= limit_usd * Decimal("0.9"):
                         return True
+            return False
+
+    def may_be_crossed(self, flight: Flight) -> bool:
+        """Whether a request under way, with others that count as it does, may reach a budget that
+        holds, however long the answers become."""
+        with self._lock:
+            now_ns, held = time.time_ns(), self._allowed()
+            for budget in self._sums.budgets:
+                if not budget.holds or not budget.covers(flight.spent):
+                    continue
+                each = budget.each_of(flight.spent)
+                window = self._windows.of(budget.per, now_ns)
+                key = stops.key_of(budget, window.key, each)
+                limit_usd = budget.usd + held.more.get(key, Decimal(0))
+                alike = (other for other in self.flights if _is_alike(budget, each, other))
+                if may_reach(self._amount(budget, window, each).usd, limit_usd, alike):
+                    return True
             return False
 
     # --- what is held

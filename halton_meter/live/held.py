@@ -42,12 +42,21 @@ class HeldCommand:
         """A message of the worker's; whether it was about this."""
         name = untrusted.text(message, "limit_reached")
         if name is not None:
-            self._hold(name, message)
+            if not self._is_said(name, message):
+                self._hold(name, message)
             return True
         if "limit_lifted" in message:
             self._let_go()
             return True
         return False
+
+    def _is_said(self, name: str, message: dict[str, Any]) -> bool:
+        """Whether a worker says what the one before it had said of the same stop."""
+        last = self.last if self._is_held else None
+        return last is not None and (last["name"], last["spent_usd"]) == (
+            name,
+            untrusted.text(message, "spent_usd", TEXT_CHARACTERS_MAX),
+        )
 
     def note(self, message: dict[str, Any]) -> None:
         """Keep what a message says of a limit."""
@@ -81,16 +90,23 @@ class HeldCommand:
                 self._terminal.give_back()
         self.ask("continue")
 
-    def lost(self, end: Callable[[], None], limit_usd: str | None) -> None:
-        """Who holds it is gone and hears nothing any more: `end` ends the command without."""
-        self.ask = lambda what: end() if what == "end" else None
+    def lost(self, limit_usd: str | None) -> None:
+        """Who holds it is gone, and there is no other yet."""
         if self._is_held:
             name = (self.last or {}).get("name")
             _say("halton-meter: the service is gone; the command stays stopped")
             _say(f"  go on: halton-meter budget resume {name}   (in another terminal)")
             _say("  end it: Ctrl-C")
         elif limit_usd is not None:
-            _say(f"halton-meter: the service is gone; the limit of ${limit_usd} holds no longer")
+            _say(
+                f"halton-meter: the service is gone; until it is back "
+                f"the limit of ${limit_usd} does not hold"
+            )
+
+    def found(self, limit_usd: str | None) -> None:
+        """There is another."""
+        if limit_usd is not None:
+            _say(f"halton-meter: the service is back; the limit of ${limit_usd} holds")
 
     def on_signal(self, number: int) -> bool:
         """A signal came for the run; whether it was dealt with here."""

@@ -7,7 +7,6 @@ reads it (`read`).
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from halton_meter.model import (
     Direction,
     Exchange,
     Headers,
+    Outcome,
     Protocol,
     Source,
     TlsChunk,
@@ -39,6 +39,20 @@ _FRAMING = {
     "te",
     "host",
 }
+
+
+# A key of zeros and what a server makes of it (RFC 6455, 4.2.2).
+_UPGRADE = (
+    ("connection", "Upgrade"),
+    ("upgrade", "websocket"),
+    ("sec-websocket-version", "13"),
+    ("sec-websocket-key", "AAAAAAAAAAAAAAAAAAAAAA=="),
+)
+_UPGRADE_AGREED = (
+    ("connection", "Upgrade"),
+    ("upgrade", "websocket"),
+    ("sec-websocket-accept", "ICX+Yqv66kxgM0FcWaLWlFLwTAI="),
+)
 
 
 class PlaintextKeeper:
@@ -61,12 +75,6 @@ class PlaintextKeeper:
             self._write(_head(item) + data)
         except OSError as error:
             self._end(error.strerror or str(error))
-
-    def leave_out(self, what: str) -> None:
-        """Say that something is not among it."""
-        if not self._ended:
-            with contextlib.suppress(OSError):
-                self._write(json.dumps({"without": what}).encode() + b"\n")
 
     def _write(self, frame: bytes) -> None:
         written = os.pwrite(self._fd, frame, self._bytes)
@@ -130,8 +138,8 @@ def _frames(fd: int, kept: Kept) -> Iterator[Item]:
         while head := file.readline(_HEAD_BYTES_MAX):
             try:
                 found = json.loads(head)
-                if "ended" in found or "without" in found:
-                    kept.error = kept.error or str(found.get("ended") or found["without"])
+                if "ended" in found:
+                    kept.error = kept.error or str(found["ended"])
                     continue
                 connection = Connection(
                     str(found["id"]),
@@ -177,23 +185,18 @@ def write(items: list[Item], path: Path) -> tuple[int, int]:
 def keep_exchange(keeper: PlaintextKeeper, exchange: Exchange) -> None:
     """Keep what the proxy has: an exchange, decoded, as HTTP/1.1 on a connection of its own.
 
-    Only headers on the allow-list are in it. Turns of a WebSocket are left out, and said so.
+    Only headers on the allow-list are in it. A turn of a WebSocket is a socket that has this turn
+    alone: the client's messages that belong to it, then the server's.
     """
-    if exchange.protocol is Protocol.WEBSOCKET:
-        keeper.leave_out("turns of WebSockets are not in it")
-        return
-    for item in _said(exchange):
+    is_turn = exchange.protocol is Protocol.WEBSOCKET
+    for item in _turn_said(exchange) if is_turn else _said(exchange):
         keeper.keep(item)
 
 
 def _said(exchange: Exchange) -> Iterator[Item]:
     request, response = exchange.request, exchange.response
-    peer = exchange.connection.peer or request.host
-    connection = replace(exchange.connection, id=exchange.id, peer=peer, joined=False)
-    query = "&".join(f"{name}={value}" for name, value in request.query)
-    target = (request.path or "/") + (f"?{query}" if query else "")
-    first = f"{request.method or 'POST'} {target} HTTP/1.1\r\nhost: {request.host or peer}\r\n"
-    data = _message(first, request.headers, request.body, ())
+    connection = _own_connection(exchange)
+    data = _message(_first_line(exchange), request.headers, request.body, ())
     sent, at_ns = Direction.SENT, exchange.started_ns
     yield TlsChunk(connection, sent, 0, data, len(data), at_ns)
     if response.status is not None:
@@ -204,6 +207,81 @@ def _said(exchange: Exchange) -> Iterator[Item]:
             when = at_ns or exchange.ended_ns
             yield TlsChunk(connection, Direction.RECEIVED, start, part, len(part), when)
     yield TlsClosed(connection, exchange.ended_ns)
+
+
+def _own_connection(exchange: Exchange) -> Connection:
+    peer = exchange.connection.peer or exchange.request.host
+    return replace(exchange.connection, id=exchange.id, peer=peer, joined=False)
+
+
+def _first_line(exchange: Exchange, default: str = "POST") -> str:
+    """The request's first line, and its host."""
+    request = exchange.request
+    query = "&".join(f"{name}={value}" for name, value in request.query)
+    target = (request.path or "/") + (f"?{query}" if query else "")
+    host = request.host or exchange.connection.peer
+    return f"{request.method or default} {target} HTTP/1.1\r\nhost: {host}\r\n"
+
+
+def _turn_said(exchange: Exchange) -> Iterator[Item]:
+    """The upgrade, and each message of the turn in a frame of its own (RFC 6455)."""
+    request, response = exchange.request, exchange.response
+    connection, asked_ns = _own_connection(exchange), exchange.started_ns
+    begins_ns = exchange.first_byte_ns or exchange.ended_ns
+    asked, agreed = _lines(_UPGRADE), _lines(_UPGRADE_AGREED)
+    head = _first_line(exchange, "GET") + asked + _lines(_unframed(request.headers)) + "\r\n"
+    answer = f"HTTP/1.1 101 Switching Protocols\r\n{agreed}"
+    answer += _lines(_unframed(response.headers)) + "\r\n"
+    *more, last = _messages(response.body) or [b""]
+    # The last message ended the turn, if one did.
+    last_ns = exchange.ended_ns if exchange.outcome is Outcome.COMPLETE else begins_ns
+    messages = [
+        (Direction.SENT, head.encode(), asked_ns),
+        (Direction.RECEIVED, answer.encode(), asked_ns),
+        *((Direction.SENT, _frame(each, True), asked_ns) for each in _messages(request.body)),
+        *((Direction.RECEIVED, _frame(each, False), begins_ns) for each in more),
+        (Direction.RECEIVED, _frame(last, False), last_ns),
+    ]
+    offsets = dict.fromkeys(Direction, 0)
+    for direction, data, at_ns in messages:
+        yield TlsChunk(connection, direction, offsets[direction], data, len(data), at_ns)
+        offsets[direction] += len(data)
+    yield TlsClosed(connection, exchange.ended_ns)
+
+
+def _messages(body: Body) -> list[bytes]:
+    """What `wire/websocket.py` made lines of."""
+    data = body.joined()
+    return data.split(b"\n") if data else []
+
+
+def _frame(message: bytes, from_client: bool) -> bytes:
+    """A whole message; the client's with a mask (of zeros), as a server insists on one."""
+    kind = 1 if _is_text(message) else 2
+    masked, mask = (0x80, bytes(4)) if from_client else (0, b"")
+    size = len(message)
+    if size < 126:
+        length = bytes((masked | size,))
+    elif size < 1 << 16:
+        length = bytes((masked | 126,)) + size.to_bytes(2)
+    else:
+        length = bytes((masked | 127,)) + size.to_bytes(8)
+    return bytes((0x80 | kind,)) + length + mask + message
+
+
+def _is_text(message: bytes) -> bool:
+    try:
+        message.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _unframed(headers: Headers) -> Iterator[tuple[str, str]]:
+    """Without what says how bytes are framed, and what opens a WebSocket."""
+    for name, value in headers:
+        if name not in _FRAMING and name != "upgrade" and not name.startswith("sec-websocket-"):
+            yield name, value
 
 
 def _message(first: str, headers: Headers, body: Body, trailers: Headers) -> bytes:

@@ -96,6 +96,11 @@ class Stopper:
             if (fd := _open_alive(process)) is not None:
                 self._fds[process] = fd
 
+    def stop_again(self) -> None:
+        """Send all of them SIGSTOP once more: somebody may have continued them."""
+        for fd in self._fds.values():
+            self._send(fd, signal.SIGSTOP)
+
     def stop(self, roots: Iterable[ProcessId]) -> int:
         """Stop these and all that descends from them; how many were stopped by this call.
 
@@ -195,6 +200,28 @@ def job_of(process: ProcessId, keep: Collection[int] = ()) -> list[ProcessId]:
             alike.append((pid, other.ticks))
     # The leader first: it is the one that waits for the others.
     return sorted(alike, key=lambda each: (each[0] != seen.group, each[0])) or [process]
+
+
+def may_pause(pid: int, root: int | None) -> bool:
+    """Whether nobody but us takes notice when a process is stopped for some milliseconds.
+
+    A shell with job control would take its terminal back from a job that stops, and a debugger is
+    told of it. So it must be in the process group of the run that it is of (`root`), which no shell
+    has put it into a job of its own of; or it has no terminal and leads its group's session.
+    """
+    seen = look_at(pid)
+    if seen is None or seen.has_ended or _is_traced(pid):
+        return False
+    top = None if root is None else look_at(root)
+    if top is not None:
+        return (seen.group, seen.session) == (top.group, top.session)
+    return not seen.terminal and seen.group == seen.session
+
+
+def _is_traced(pid: int) -> bool:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status", "rb") as file:
+        return b"TracerPid:\t0\n" not in file.read(4096)
+    return True
 
 
 def resume_all(processes: Sequence[ProcessId]) -> int:

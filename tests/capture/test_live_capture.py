@@ -6,7 +6,9 @@ import random
 import socket
 import threading
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -18,12 +20,20 @@ from capture.packets import awaiting
 from capture.packets.keeping import CaptureWriter, Keeping
 from capture.pcap import PcapSource
 from halton_meter.model import Connection, Direction, Process, TlsChunk, TlsClosed
-from tests.capture.packets.test_pcap import BODY, HOST, REQUEST, recording, whole
+from tests.capture.packets.test_pcap import (
+    BODY,
+    HOST,
+    REQUEST,
+    STEPS,
+    SUITES,
+    recording,
+    whole,
+)
 from tests.capture.packets.test_quic import CRYPTO
 from tests.capture.packets.test_quic import packet as initial
 from tests.support.recorder import damage
 from tests.support.recorder.packets import Packet, TcpFlow
-from tests.support.recorder.relay import BEGINNING_NS
+from tests.support.recorder.relay import BEGINNING_NS, GoingOn, Recording, record
 
 ETHERNET_BYTES = 14
 CLIENT = Process(4711, 1, "/usr/bin/client")
@@ -65,6 +75,8 @@ class Bench:
             self.send(message(packet))
 
     def finish(self) -> None:
+        """The end; nobody at the other end has anything left."""
+        self.link.shutdown(socket.SHUT_WR)
         self.items += self.source.finish()
         self.link.close()
 
@@ -232,6 +244,114 @@ def test_the_sniffer_s_end_is_noticed(bench: Bench) -> None:
     assert bench.source.ended
 
 
+class Falling:
+    """A sniffer that is behind: it sends the rest when the reader says no more."""
+
+    def __init__(self, link: socket.socket, rest: bytes) -> None:
+        self._link, self._rest = link, rest
+        self._thread = threading.Thread(target=self._answer)
+        self._thread.start()
+
+    def _answer(self) -> None:
+        assert self._link.recv(1) == b""
+        self._link.sendall(self._rest)
+        self._link.shutdown(socket.SHUT_WR)
+
+    def join(self) -> None:
+        self._thread.join()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_what_a_sniffer_has_not_sent_yet_is_asked_for_at_the_end(
+    bench: Bench, share: float
+) -> None:
+    given = recording()
+    bench.keys.write_text(given.secrets)
+    before = int(len(given.packets) * share)
+    bench.play(given.packets[:before])
+    behind = Falling(bench.link, b"".join(map(message, given.packets[before:])))
+    bench.items += bench.source.finish()
+    behind.join()
+    exact(bench)
+    assert +bench.source.losses == {}
+
+
+def test_a_sniffer_that_does_not_answer_at_the_end_is_a_loss(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("capture.live_capture.REST_S_MAX", 0.01)
+    bench.items += bench.source.finish()
+    assert bench.source.losses["packets_dropped"] == 1
+
+
+# --- sessions that go on, TLS 1.2 --------------------------------------------------------------
+
+
+@cache
+def resumed(suite: str) -> tuple[Recording, ...]:
+    """Three connections, the second and the third with the secret of the first."""
+    going_on = GoingOn()
+    return tuple(
+        record(HOST, STEPS, **SUITES[suite], number=number, going_on=going_on)
+        for number in range(3)
+    )
+
+
+@pytest.mark.parametrize("suite", ["tls12_aes128", "tls12_aes256", "tls12_chacha"])
+@pytest.mark.parametrize("late", [0, 1, 2, 3], ids="keys after {}".format)
+def test_connections_that_write_no_keys_are_read_by_an_earlier_one_s_whenever_these_come(
+    bench: Bench, suite: str, late: int
+) -> None:
+    given = resumed(suite)
+    for number, each in enumerate(given):
+        if number == late:
+            bench.keys.write_text(given[0].secrets)
+        bench.play(each.packets)
+    bench.keys.write_text(given[0].secrets)
+    bench.finish()
+    connections = {item.connection.id for item in bench.items}
+    assert len(connections) == 3
+    for each in connections:
+        items = [item for item in bench.items if item.connection.id == each]
+        assert whole(items, Direction.SENT) == REQUEST * 2
+        assert whole(items, Direction.RECEIVED) == BODY
+    assert bench.missed == []
+    assert +bench.source.losses == {}
+
+
+def test_a_session_whose_secret_comes_among_many_others_is_read(bench: Bench) -> None:
+    given = resumed("tls12_aes128")
+    lines = [f"CLIENT_RANDOM {n:064x} {n:096x}\n" for n in range(2 * awaiting.SESSIONS_MAX)]
+    bench.keys.write_text("".join(lines[: awaiting.SESSIONS_MAX + 10]))
+    bench.play(given[1].packets[:-4])
+    with bench.keys.open("a") as file:
+        file.write("".join(lines[awaiting.SESSIONS_MAX + 10 : -20]) + given[0].secrets)
+    bench.play(given[1].packets[-4:])
+    bench.finish()
+    assert whole(bench.items, Direction.RECEIVED) == BODY
+    assert bench.missed == []
+
+
+def test_trials_of_a_connection_are_bounded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[bytes] = []
+    real = awaiting.tls.keys12
+
+    def counted(master: bytes, *rest: Any) -> Any:
+        tried.append(master)
+        return real(master, *rest)
+
+    monkeypatch.setattr("capture.packets.tls.keys12", counted)
+    packets = resumed("tls12_aes128")[1].packets
+    bench.play(packets[:-4])
+    for start in range(0, 4 * awaiting.SESSIONS_MAX, 64):
+        with bench.keys.open("a") as file:
+            file.writelines(f"CLIENT_RANDOM {start + n:064x} {n:096x}\n" for n in range(64))
+        bench.items += bench.source.read()
+    bench.finish()
+    assert 0 < len(tried) <= 2 * awaiting.SESSIONS_MAX
+    assert [host for _, host in bench.missed] == [HOST]
+
+
 # --- keeping ---
 
 
@@ -375,7 +495,7 @@ def test_the_filter_refuses_all_else() -> None:
 
 
 @pytest.mark.parametrize("make", [four, six])
-def test_of_udp_the_filter_takes_what_begins_a_connection(make: object) -> None:
+def test_of_udp_the_filter_takes_its_ports_both_ways(make: object) -> None:
     assert callable(make)
     program = sniffer.port_filter([443, 8443])
 
@@ -384,11 +504,25 @@ def test_of_udp_the_filter_takes_what_begins_a_connection(make: object) -> None:
         return make(head + bytes((first,)) + bytes(40), protocol=17)  # type: ignore[no-any-return]
 
     for port in (443, 8443):
-        assert passes(program, datagram(50_000, port, 0xC3))
-        assert not passes(program, datagram(50_000, port, 0x43)), "what follows a handshake"
-        assert not passes(program, datagram(port, 50_000, 0xC3)), "what a server sends"
+        for first in (0xC3, 0x43):
+            assert passes(program, datagram(50_000, port, first))
+            assert passes(program, datagram(port, 50_000, first))
     assert not passes(program, datagram(50_000, 53, 0xC3))
-    assert not passes(program, make(b"\x01\xbb", protocol=17))
+    assert not passes(program, datagram(53, 50_000, 0x43))
+
+
+def test_of_a_muted_server_s_udp_what_begins_connections_passes() -> None:
+    server = "192.0.2.9"
+    program = sniffer.port_filter([443], [socket.inet_aton(server)])
+
+    def datagram(source: int, destination: int, first: int, sender: str) -> bytes:
+        head = source.to_bytes(2) + destination.to_bytes(2) + bytes(4)
+        return four(head + bytes((first,)) + bytes(40), sender, protocol=17)
+
+    assert passes(program, datagram(443, 50_000, 0xC3, server))
+    assert not passes(program, datagram(443, 50_000, 0x43, server))
+    assert passes(program, datagram(443, 50_000, 0x43, "192.0.2.8"))
+    assert passes(program, datagram(50_000, 443, 0x43, "10.0.0.2"))
 
 
 def test_a_quic_connection_to_a_provider_is_told_once_with_its_host(tmp_path: Path) -> None:
@@ -400,6 +534,8 @@ def test_a_quic_connection_to_a_provider_is_told_once_with_its_host(tmp_path: Pa
         lambda host: host == "example.com",
         lambda *_: None,
         lambda *_: None,
+        clock=lambda: 0,
+        udp_owner=lambda client: CLIENT if client == ("192.0.2.9", 50_000) else None,
         quic=lambda *what: told.append(what),
     )
     for number in range(3):
@@ -409,8 +545,10 @@ def test_a_quic_connection_to_a_provider_is_told_once_with_its_host(tmp_path: Pa
         whole = whole[:2] + len(whole).to_bytes(2) + whole[4:]
         ours.sendall(sniffer.HEAD.pack(sniffer.PACKET, len(whole), number) + whole)
     assert source.read() == []
-    assert told == [(("192.0.2.9", 50_000), ("0.0.0.0", 443), "example.com")]
-    source.finish()
+    assert told == []
+    ours.shutdown(socket.SHUT_WR)
+    assert source.finish() == []
+    assert told == [(CLIENT, "example.com")]
     ours.close()
 
 

@@ -72,6 +72,7 @@ def live(path: Path, keys: Path) -> tuple[list[TlsChunk | TlsClosed], LiveCaptur
         ours.sendall(sniffer.HEAD.pack(sniffer.PACKET, len(packet), frame.at_ns) + packet)
         items += source.read()
     file.close()
+    ours.shutdown(socket.SHUT_WR)
     items += source.finish()
     ours.close()
     return items, source

@@ -58,6 +58,7 @@ def _case(dice: random.Random) -> None:
         for number, each in enumerate(sent):
             ours.sendall(sniffer.HEAD.pack(sniffer.PACKET, len(each), number) + each)
             items += source.read()
+        ours.shutdown(socket.SHUT_WR)
         items += source.finish()
     for item in items:
         if isinstance(item, TlsChunk) and item.data:

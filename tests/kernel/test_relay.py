@@ -37,10 +37,10 @@ class Relay:
         self._scope = Scope()
         self._attending: threading.Thread | None = None
 
-    def begin(self, *clients: Client) -> None:
+    def begin(self, *clients: Client, reader: int | None = None) -> None:
         """Meter these, which wait to be let go."""
         self.clients += clients
-        self._scope = Scope(roots=tuple(client.process.pid for client in clients))
+        self._scope = Scope(roots=tuple(client.process.pid for client in clients), reader=reader)
         self.reader = self._reader(self._spawn())
 
     def _spawn(self) -> Any:

@@ -195,6 +195,35 @@ def test_a_recording_through_the_proxy_needs_no_root(lab: Lab, home: Path) -> No
     assert key.encode() not in plaintext_of(file)
 
 
+def test_a_recording_through_the_proxy_has_the_turns_of_websockets(
+    lab: Lab, home: Path, python: str
+) -> None:
+    skip = len(lab.ledger())
+    file = home / "recorded.pcapng"
+    client = [python, str(CLIENTS / "sdk.py"), "aiohttp-websocket", "async", "1", "3"]
+    environment = lab.environment(HALTON_METER_HOME=str(home / "data"), HOME=str(home))
+    command = [*HALTON_METER, "record", str(file), "--via", "proxy", "--", *client]
+    done = lab.run(command, user=lab.user, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert f"packets in {file}" in done.stderr
+    assert "WebSocket" not in done.stderr
+    metered = stored_events(lab, home / "data")
+    assert_metered(lab.ledger()[skip:], metered, "proxy")
+    said = lab.run([*HALTON_METER, "replay", "--json", str(file)], user=lab.user, env=environment)
+    assert said.returncode == 0, said.stderr
+    events = [json.loads(line) for line in said.stdout.splitlines()]
+    assert_metered(lab.ledger()[skip:], events, "pcap")
+    same = ("id", "tokens", "list_usd", "outcome", "ttft_ms", "duration_ms")
+    assert by_id(events, same) == by_id(metered, same)
+
+
+def by_id(events: list[dict[str, Any]], names: Sequence[str]) -> list[list[Any]]:
+    """Those fields of each event, in the order of their ids."""
+    return [
+        [event[name] for name in names] for event in sorted(events, key=lambda each: each["id"])
+    ]
+
+
 def plaintext_of(file: Path) -> bytes:
     return b"".join(item.data for item in PcapSource([file]).items() if isinstance(item, TlsChunk))
 

@@ -118,6 +118,24 @@ def test_clients_are_metered_with_their_process(
     assert (found["losses"], found["outages"]) == ({}, [])
 
 
+def test_who_connects_for_a_moment_is_known_with_program_folder_and_project(
+    lab: Lab, key_log: KeyLogService, project: Path
+) -> None:
+    """Curl lives for some milliseconds once it has connected; this runs many, side by side."""
+    count = int(os.environ.get("SHORT_LIVED_CLIENTS", "24"))
+    one = shlex.join(curl(1, "--http1.1"))
+    script = f"for n in $(seq {count // 4}); do {one} & {one} & {one} & {one} & wait; done"
+    environment = lab.environment(SSLKEYLOGFILE=str(key_log.keys))
+    done = lab.run(["sh", "-c", script], user=lab.user, env=environment, cwd=project)
+    assert done.returncode == 0, done.stderr
+    events = key_log.events(count)
+    known = [event for event in events if event["process"] and event["process"].endswith("/curl")]
+    assert len(known) == len(events) == count
+    assert {event["project"] for event in events} == {"acme"}
+    assert {event["user"] for event in events} == {lab.user.name}
+    assert len({event["pid"] for event in events}) == count
+
+
 def test_a_budget_counts_what_the_service_meters(key_log: KeyLogService) -> None:
     done = key_log.command("budget", "set", "daily", "20", "--per", "day")
     assert done.returncode == 0, done.stderr
@@ -340,7 +358,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
 """
 
 
-def test_quic_to_a_provider_is_counted_by_host_and_program(
+def test_quic_without_keys_is_counted_by_host_and_program(
     lab: Lab, key_log: KeyLogService, python: str
 ) -> None:
     hello = HELLO.replace(b"\x00\x0bexample.com", b"\x00\x0bapi.example")  # nobody's
@@ -368,8 +386,8 @@ def test_quic_to_a_provider_is_counted_by_host_and_program(
     finally:
         for each in (process, other):
             each.communicate("\n", timeout=30)
-    assert unmetered() == [{"host": "api.openai.com", "connections": 1, "cause": "quic"}]
-    assert "to api.openai.com, 1 connection: QUIC (HTTP/3) is not metered" in said
+    assert unmetered() == [{"host": "api.openai.com", "connections": 1, "cause": "no_keys"}]
+    assert "to api.openai.com, 1 connection: it wrote no TLS keys" in said
 
 
 def with_name(name: bytes) -> bytes:

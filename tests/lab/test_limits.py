@@ -96,6 +96,7 @@ def budget(lab: Lab, home: Path, *words: str) -> Any:
 def test_a_runaway_client_is_stopped_at_the_answer_that_crosses_the_limit(
     lab: Lab, home: Path, bystander: subprocess.Popen[Any], attempt: int
 ) -> None:
+    asked = len(lab.ledger())
     summary = home / "summary.json"
     process = begin(lab, home, *RUNAWAY, options=("--json-summary", str(summary)))
     wait_stopped(home)
@@ -104,19 +105,20 @@ def test_a_runaway_client_is_stopped_at_the_answer_that_crosses_the_limit(
     assert state_of(bystander.pid) in RUNS
     assert state_of(process.pid) in RUNS
     assert {state_of(pid) for pid in tree_of(process.pid)} - {"T"} <= set(RUNS)
-    # Nothing moves while it is stopped.
-    served = len(lab.ledger())
+    # The provider has been asked for nothing behind the answer that crossed it: the client asks one
+    # thing at a time, and waits with each request until all that it was answered is counted.
+    assert len(lab.ledger()) - asked == ANSWERS
     time.sleep(0.2)
-    assert len(lab.ledger()) - served <= 1
+    assert len(lab.ledger()) - asked == ANSWERS
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     told = json.loads(summary.read_text())
     assert process.returncode in (130, 143)
     assert Decimal(told["limit"]["spent_usd"]) == ANSWERS * ANSWER_USD
     assert told["limit"]["times"] == 1
-    # What it had sent when it was stopped was under way: one request, as it asks one at a time.
-    assert told["requests"] - ANSWERS <= 1
-    assert out.count(b"answered") <= ANSWERS
+    assert told["requests"] == ANSWERS
+    assert told["limit"]["in_flight"] == 0
+    assert out.count(b"answered") in (ANSWERS - 1, ANSWERS)  # stopped as it was about to say so
     (home / "stderr").unlink()
     assert json.loads((home / "budgets" / "stops.json").read_text())["stops"] == []
 
@@ -262,13 +264,26 @@ def ask_on(lab: Lab, project: str, log: Path) -> Any:
     )
 
 
+def stopped_now(lab: Lab, own: Service) -> list[Any]:
+    """What is stopped at a limit."""
+    found = json.loads(budget(lab, own.home, "status", "--json").stdout)["stopped"]
+    assert isinstance(found, list)
+    return found
+
+
+def is_held(lab: Lab, own: Service, pid: int) -> bool:
+    """Whether a process is stopped at a limit."""
+    return any(pid in each["pids"] for each in stopped_now(lab, own)) and state_of(pid) == "T"
+
+
 def test_the_service_stops_who_goes_over_a_budget_and_nobody_else(
     lab: Lab, home: Path, own: Service
 ) -> None:
     other = ask_on(lab, "other", home / "other.log")
     spender = ask_on(lab, "acme", home / "acme.log")
     try:
-        wait_until(lambda: state_of(spender.pid) == "T", "the stop")
+        # Near the limit it waits for a moment with each request: that is no stop yet.
+        wait_until(lambda: is_held(lab, own, spender.pid), "the stop")
         answered = (home / "other.log").stat().st_size
         wait_until(lambda: (home / "other.log").stat().st_size > answered, "the other's answers")
         assert state_of(other.pid) in RUNS
@@ -283,9 +298,9 @@ def test_the_service_stops_who_goes_over_a_budget_and_nobody_else(
         assert told["budgets"][0]["stopped"]
         done = budget(lab, own.home, "resume", "acme", "--more", "0.02")
         assert "goes on for another $0.02" in done.stdout, done.stderr
-        wait_until(lambda: state_of(spender.pid) != "T", "the end of the stop")
+        wait_until(lambda: not stopped_now(lab, own), "the end of the stop")
         try:
-            wait_until(lambda: state_of(spender.pid) == "T", "the next stop")
+            wait_until(lambda: is_held(lab, own, spender.pid), "the next stop")
         except AssertionError as error:
             known = budget(lab, own.home, "status", "--json").stdout
             raise AssertionError(f"{state_of(spender.pid)} {known}\n{own.status()}") from error
@@ -302,3 +317,56 @@ def test_the_service_stops_who_goes_over_a_budget_and_nobody_else(
         for process in (other, spender):
             process.kill()
             process.wait()
+
+
+def under_service(lab: Lab, own: Service, home: Path, *options: str) -> Any:
+    """A runaway client in a run that the service meters."""
+    argv = [*HALTON_METER, "run", "--max-usd", str(LIMIT_USD), *options, "--", *RUNAWAY, "1000"]
+    environment = lab.environment(HALTON_METER_HOME=str(own.home))
+    return lab.popen(
+        [*argv, "100"],  # an answer takes long enough that the worker is killed within the run
+        user=lab.user,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=(home / "answers").open("wb"),
+        stderr=(home / "stderr").open("wb"),
+    )
+
+
+def kill_worker(own: Service) -> None:
+    os.kill(child_running(own.pid, "halton_meter.live.probes.worker"), signal.SIGKILL)
+    own.wait_ready()
+
+
+def test_the_limit_of_a_run_holds_though_the_services_worker_is_killed(
+    lab: Lab, home: Path, own: Service
+) -> None:
+    asked, summary = len(lab.ledger()), home / "summary.json"
+    process = under_service(lab, own, home, "--json-summary", str(summary))
+    answers = home / "answers"
+    for count in (2, 4):
+        wait_until(lambda n=count: answers.read_bytes().count(b"answered") >= n, "answers")
+        kill_worker(own)
+    wait_stopped(home)
+    client = child_running(process.pid, "runaway.py")
+    wait_until(lambda: state_of(client) == "T", "the stop")
+    # Of what was under way when a worker died the next one may hear when it is answered.
+    served = len(lab.ledger()) - asked
+    assert served in (ANSWERS, ANSWERS + 1)
+    assert "the service is gone" not in said(home)
+    # Killed once more, while it holds the run: the next one does, and lets it go on.
+    kill_worker(own)
+    assert state_of(client) == "T"
+    (stop,) = stopped_now(lab, own)
+    assert stop["how"] == "stopped"
+    assert budget(lab, own.home, "resume", stop["id"], "--more", "0.01").returncode == 0
+    wait_stopped(home, 2)
+    wait_until(lambda: state_of(client) == "T", "the next stop")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) in (130, 143)
+    told = json.loads(summary.read_text())
+    served = len(lab.ledger()) - asked
+    assert (told["requests"], len(stored_events(lab, own.home))) == (served, served)
+    assert Decimal(told["list_usd"]) == served * ANSWER_USD
+    assert told["outages"] == []
+    wait_until(lambda: not stopped_now(lab, own), "the end of what was held")

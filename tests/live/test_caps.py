@@ -119,3 +119,27 @@ def test_a_worker_goes_on_where_the_one_before_it_died() -> None:
     over = cap.over()
     assert over is not None
     assert (over.spent_usd, over.at_least, over.holds) == (Decimal(2), True, "end")
+
+
+def test_a_limit_may_be_crossed_by_the_dearest_answers_under_way() -> None:
+    flights, cap = Flights(), Cap(Decimal(1), "run-1")
+    guess = made("p1", "0.10")
+    assert not cap.may_be_crossed(flights)
+    flights.begin(exchange("c1"), guess, Decimal("0.50"))
+    flights.begin(exchange("c2"), guess, Decimal("0.40"))
+    assert not cap.may_be_crossed(flights)
+    cap.add(made("e1", "0.10"))
+    assert cap.may_be_crossed(flights)
+    cap.allow(Decimal(5))
+    assert not cap.may_be_crossed(flights)
+    flights.begin(exchange("c3"), guess)  # nobody knows what it may cost
+    assert cap.may_be_crossed(flights)
+
+
+def test_what_was_counted_before_and_comes_again_counts_once() -> None:
+    cap = cap_of("run-1", "1", "stop", {"usd": "0.90", "requests": 3}, ["e3"])
+    assert cap is not None
+    cap.add(made("e3", "0.30"))
+    assert cap.over() is None
+    cap.add(made("e4", "0.10"))
+    assert cap.over() is not None

@@ -29,8 +29,8 @@ from halton_meter.coverage import Count, Coverage, Part
 from halton_meter.live.control import REQUEST_BYTES_MAX, SOCKET_NAME, Control, ServiceAbsent
 from halton_meter.live.outages import Outages
 from halton_meter.live.pipeline import prepare_home
-from halton_meter.live.probes import service, supervisor, worker
-from halton_meter.live.probes.worker import Job
+from halton_meter.live.probes import metering, service, supervisor
+from halton_meter.live.probes.job import Job
 from halton_meter.live.restarts import cause_of_death
 from halton_meter.live.totals import MODELS_MAX, Totals
 from halton_meter.model import (
@@ -365,6 +365,15 @@ class FakeSource:
     def search(self, programs: Any, timeout_s: float = 1.0) -> int:
         return 0
 
+    def pause(self, pid: int, *, on: bool) -> None:
+        pass
+
+    def take_paused(self) -> list[int]:
+        return []
+
+    def answer(self, pid: int, *, goes_on: bool) -> None:
+        pass
+
     def request_report(self, timeout_s: float = 1.0) -> None:
         pass
 
@@ -458,12 +467,14 @@ class Running:
         self.output = io.StringIO()
         stdin = os.fdopen(theirs.detach())
         monkeypatch.setattr(sys, "stdin", stdin)
-        monkeypatch.setattr(worker, "send", self._tell)
+        monkeypatch.setattr(metering, "send", self._tell)
         self.told: list[dict[str, Any]] = []
         self.source, self.store = FakeSource(), FakeStore()
         self.home = home
         meter: Any = FakeMeter()
-        loop = worker.Metering(Job(home=str(home), service=service), self.source, meter, self.store)
+        loop = metering.Metering(
+            Job(home=str(home), service=service), self.source, meter, self.store
+        )
         self.code: int | None = None
         self._thread = threading.Thread(target=self._run, args=(loop,))
         self._thread.start()
@@ -471,7 +482,7 @@ class Running:
     def _tell(self, message: dict[str, Any]) -> None:
         self.told.append(message)
 
-    def _run(self, loop: worker.Metering) -> None:
+    def _run(self, loop: metering.Metering) -> None:
         self.code = loop.run()
 
     def control(self) -> Control:
@@ -507,7 +518,7 @@ def test_events_are_journalled_counted_and_flushed_at_the_end(running: Running) 
     while control.ask("status")["events"] < 2:
         pass
     control.close()
-    assert running.finish() == worker.ENDED
+    assert running.finish() == metering.ENDED
     assert [e.usage.id for e in running.store.events] == ["a", "b"]
     assert running.store.flushes == 1
     assert running.source.stopped
@@ -526,7 +537,7 @@ def test_what_comes_without_news_is_read_when_it_is_due(running: Running) -> Non
     while control.ask("status")["events"] < 1:
         pass
     control.close()
-    assert running.finish() == worker.ENDED
+    assert running.finish() == metering.ENDED
 
 
 def test_a_watched_tree_has_its_own_totals(running: Running) -> None:
@@ -604,7 +615,7 @@ def test_when_the_helper_dies_it_goes_on_at_the_next_one(running: Running) -> No
     while control.ask("status")["events"] < 2:
         pass
     control.close()
-    assert running.finish() == worker.ENDED
+    assert running.finish() == metering.ENDED
     assert [e.usage.id for e in running.store.events] == ["last", "next"]
     assert Outages(running.home).listed() == []
 
@@ -616,7 +627,7 @@ def test_what_a_process_before_it_has_stored_is_not_stored_again(running: Runnin
     while control.ask("status")["events"] < 1:
         pass
     control.close()
-    assert running.finish() == worker.ENDED
+    assert running.finish() == metering.ENDED
     assert [e.usage.id for e in running.store.events] == ["new"]
     assert running.source.done == 2
 
@@ -625,7 +636,7 @@ def test_when_the_supervisor_dies_it_ends_and_keeps_what_was_there(running: Runn
     running.control().close()
     running.source.items.append(event("last"))
     running.commands.close()
-    assert running.join() == worker.ENDED
+    assert running.join() == metering.ENDED
     assert [e.usage.id for e in running.store.events] == ["last"]
     assert json.loads((running.home / "daemon.state").read_text())["clean"] is False
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from halton_meter.live.held import HeldCommand
-from halton_meter.live.probes.service import _end_alone as end_alone
+from halton_meter.live.probes.watched_run import end_alone
 from tests.support.waiting import wait_until
 
 REACHED = {
@@ -49,6 +49,20 @@ def test_it_says_why_and_how_to_go_on(capfd: pytest.CaptureFixture[str]) -> None
     assert held.last["times"] == 2
 
 
+def test_what_the_next_worker_says_again_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
+    held = HeldCommand()
+    held.take(REACHED)
+    capfd.readouterr()
+    assert held.take(REACHED | {"in_flight": 0})
+    assert capfd.readouterr().err == ""
+    held.take(REACHED | {"spent_usd": "2.05"})  # somebody had continued it
+    assert "the command is stopped" in capfd.readouterr().err
+    held.take({"limit_lifted": "run-7"})
+    held.take(REACHED)
+    assert held.last is not None
+    assert held.last["times"] == 3
+
+
 def test_what_is_ended_waits_for_nobody(capfd: pytest.CaptureFixture[str]) -> None:
     held = HeldCommand()
     held.take(REACHED | {"holds": "end"})
@@ -68,7 +82,8 @@ def test_who_holds_it_may_die_and_ctrl_c_ends_it_still(
     stat = Path(f"/proc/{command.pid}/stat")
     os.kill(command.pid, signal.SIGSTOP)
     wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "the stop")
-    held.lost(lambda: end_alone(command.pid), "2")
+    held.ask = lambda what: end_alone(command.pid)
+    held.lost("2")
     assert capfd.readouterr().err == (
         "halton-meter: the service is gone; the command stays stopped\n"
         "  go on: halton-meter budget resume run-7   (in another terminal)\n"
@@ -80,10 +95,17 @@ def test_who_holds_it_may_die_and_ctrl_c_ends_it_still(
 
 
 def test_a_limit_that_nobody_holds_any_more_is_said(capfd: pytest.CaptureFixture[str]) -> None:
-    HeldCommand().lost(lambda: None, "2.50")
-    said = capfd.readouterr().err
-    assert said == "halton-meter: the service is gone; the limit of $2.50 holds no longer\n"
-    HeldCommand().lost(lambda: None, None)
+    held = HeldCommand()
+    held.lost("2.50")
+    assert capfd.readouterr().err == (
+        "halton-meter: the service is gone; until it is back the limit of $2.50 does not hold\n"
+    )
+    held.found("2.50")
+    assert capfd.readouterr().err == (
+        "halton-meter: the service is back; the limit of $2.50 holds\n"
+    )
+    held.lost(None)
+    held.found(None)
     assert capfd.readouterr().err == ""
 
 

@@ -17,11 +17,21 @@ from typing import Any
 
 import pytest
 
+from halton_meter.budget import STOP
 from halton_meter.cli.budget_resume import go_on
 from halton_meter.live.caps import Cap
-from halton_meter.live.probes.holding import Holding
+from halton_meter.live.probes.holding import Holding, cap_of
 from halton_meter.live.stopping import identity, is_alive
-from halton_meter.model import Process
+from halton_meter.model import (
+    Connection,
+    Exchange,
+    Outcome,
+    Process,
+    Protocol,
+    Request,
+    Response,
+    Source,
+)
 from halton_meter.spending import ledger, standing, stops
 from halton_meter.spending.sums import Amount
 from tests.support.made import made
@@ -251,6 +261,129 @@ def test_the_files_of_budgets_are_their_owners_alone(
     files = [home / "budget-status.json", home / "budgets", *(home / "budgets").iterdir()]
     assert {each.name for each in files} >= {"stops.json", "spending.ndjson", "fired.json"}
     assert [each for each in files if each.stat().st_mode & 0o077] == []
+    holding.close()
+
+
+# --- who is asked first -------------------------------------------------------------------------
+
+
+class Sent:
+    """A request of a process that was sent whole."""
+
+    def __init__(self, number: int, process: subprocess.Popen[bytes]) -> None:
+        self.started_ns = number
+        who = Process(process.pid, 1, "/usr/bin/sleep", uid=os.getuid())
+        self.made = Exchange(
+            id="x",
+            connection=Connection(f"c{process.pid}", Source.UPROBES, who),
+            protocol=Protocol.HTTP1,
+            request=Request(),
+            response=Response(),
+            started_ns=number,
+            first_byte_ns=None,
+            ended_ns=1,
+            outcome=Outcome.ABORTED,
+        )
+
+    def exchange(self, at_ns: int) -> tuple[Exchange, float]:
+        return self.made, 1.0
+
+
+def asks(
+    holding: Holding, number: int, process: subprocess.Popen[bytes], most: str | None
+) -> Exchange:
+    """The process sends a request that costs at most so much; it is answered for that."""
+    sent: Any = Sent(number, process)
+    holding.preview = lambda _: made("p", "0.01")
+    holding.at_most = lambda _: made("p", most)
+    holding.on_request(sent)
+    return sent.made
+
+
+def test_a_process_is_asked_first_once_its_answers_may_come_to_the_limit(
+    home: Path, spenders: list[subprocess.Popen[bytes]]
+) -> None:
+    one, other = spenders
+    (home / "config.toml").write_text("")
+    told: list[dict[str, Any]] = []
+    holding = worker(home, one.pid, told.append)
+    first = asks(holding, 1, one, "4")
+    assert holding.asking == {}
+    second = asks(holding, 2, one, "6")
+    assert list(holding.asking) == [one.pid]
+    asks(holding, 3, other, "1000")  # of no run
+    assert list(holding.asking) == [one.pid]
+    for exchange in (first, second):
+        holding.on_answer(exchange)
+    # Nothing is under way: it is asked all the same, as its answers are on their way to us.
+    holding.keep([answer(1, "3", one)])
+    assert list(holding.asking) == [one.pid]
+    assert holding.goes_on(one.pid)
+    holding.on_answer(asks(holding, 4, one, "5"))
+    assert holding.asking == {}
+    asks(holding, 5, one, None)  # nobody knows what it costs
+    assert list(holding.asking) == [one.pid]
+    holding.keep([answer(2, "7", one)])
+    assert is_stopped(one)
+    assert not holding.goes_on(one.pid)
+    assert holding.goes_on(other.pid)
+    os.kill(one.pid, signal.SIGCONT)  # by somebody: it is stopped again with its next request
+    wait_until(lambda: not is_stopped(one), "it goes on")
+    assert not holding.goes_on(one.pid)
+    assert is_stopped(one)
+    holding.close()
+
+
+def test_budgets_ask_whom_they_cover_and_nobody_would_miss(
+    home: Path, spenders: list[subprocess.Popen[bytes]]
+) -> None:
+    (home / "config.toml").write_text(BUDGET + 'project = "web"\n')
+    one, _ = spenders
+    holding = worker(home)
+    # In our own group, which is a shell's job: the shell would take notice.
+    holding.on_answer(asks(holding, 1, one, "11"))
+    assert holding.asking == {}
+    alone = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    try:
+        holding.on_answer(asks(holding, 2, alone, "9"))
+        assert holding.asking == {}
+        holding.on_answer(asks(holding, 3, alone, "10"))
+        assert list(holding.asking) == [alone.pid]
+        holding.keep([answer(1, "10", alone)])
+        assert not holding.goes_on(alone.pid)
+    finally:
+        alone.kill()
+        alone.wait()
+        holding.close()
+
+
+def test_what_a_worker_stopped_and_somebody_continued_as_it_died_is_stopped_by_the_next(
+    home: Path, spenders: list[subprocess.Popen[bytes]]
+) -> None:
+    one, _ = spenders
+    os.waitpid(killed_after(lambda: worker(home).keep([answer(1, "11", one)])), 0)
+    os.kill(one.pid, signal.SIGCONT)
+    wait_until(lambda: not is_stopped(one), "it goes on")
+    second = worker(home)
+    wait_until(lambda: is_stopped(one), "the stop")
+    second.close()
+
+
+def test_events_that_were_metered_before_a_run_was_watched_again_count_once(
+    home: Path, spenders: list[subprocess.Popen[bytes]]
+) -> None:
+    one, other = spenders
+    (home / "config.toml").write_text("")
+    holding = worker(home)
+    told: list[dict[str, Any]] = []
+    before = {"usd": "8", "requests": 2, "unpriced": 0}
+    holding.watch("run", one.pid, told.append, cap_of("run-1", "10", STOP, before, ["e2"]))
+    seen = [answer(2, "5", one), answer(3, "1", one), answer(4, "5", other)]
+    holding.count("run", seen)
+    assert not is_stopped(one)
+    holding.count("run", [answer(5, "1", one)])
+    wait_until(lambda: is_stopped(one), "the stop")
+    assert not is_stopped(other)
     holding.close()
 
 

@@ -28,6 +28,7 @@ from halton_meter.model import (
     TlsClosed,
 )
 from halton_meter.wire.conversation import Conversation, Interest
+from halton_meter.wire.recording import Recorder
 
 CONNECTION = Connection("c1", Source.UPROBES, None, "api.anthropic.com", 443)
 REQUEST = b"GET /v1/models HTTP/1.1\r\nhost: api.anthropic.com\r\n\r\n"
@@ -199,16 +200,63 @@ def test_an_exchange_is_read_again_as_the_proxy_had_it(
         assert again.response.body.complete == answered.complete
 
 
-def test_turns_of_a_websocket_are_named_as_missing(fd: int) -> None:
-    turn = Exchange(
-        *("w1", CONNECTION, Protocol.WEBSOCKET, Request(), Response(), 1, 2, 3, Outcome.COMPLETE)
-    )
-    keeper = PlaintextKeeper(fd)
-    keep_exchange(keeper, turn)
-    for item in TALK:
-        keeper.keep(item)
-    found = read(fd)
-    assert (found.items, found.error) == (TALK, "turns of WebSockets are not in it")
+def turns(items: list[Item], ends: bytes) -> list[Exchange]:
+    """What a reader of WebSockets makes of it; a message with `ends` in it ends a turn."""
+    conversations: dict[str, Conversation] = {}
+    made: list[Exchange] = []
+    interest = Interest(True, lambda message: ends in message)
+    for item in items:
+        conversation = conversations.setdefault(
+            item.connection.id, Conversation(item.connection, lambda _: interest)
+        )
+        made += (
+            conversation.receive(item) if isinstance(item, TlsChunk) else conversation.close(item)
+        )
+    return made
+
+
+MESSAGES = st.lists(st.binary(max_size=70_000).filter(lambda m: b"\n" not in m and m), max_size=4)
+
+
+@given(MESSAGES, MESSAGES, st.booleans())
+def test_turns_of_a_websocket_are_read_again_as_the_proxy_had_them(
+    asked: list[bytes], answered: list[bytes], ends: bool
+) -> None:
+    """Two turns of one socket: each is a socket of its own, with the same request and response."""
+    recorder = Recorder(lambda _: Interest(True, lambda message: b"END" in message))
+    upgrade = [("upgrade", "websocket"), ("user-agent", "codex")]
+    place = ("GET", "api.openai.com", "/v1/responses?model=gpt-5")
+    recording = recorder.begin(CONNECTION, Protocol.HTTP1, *place, upgrade, 10**18)
+    assert recording is not None
+    recording.answered(101, [("x-request-id", "r1"), ("sec-websocket-extensions", "x")], 10**18)
+    turned: list[Exchange] = []
+    for number in range(2):
+        at_ns = 10**18 + 10**9 * (number + 1)
+        for message in asked:
+            turned += recording.message(True, message, at_ns)
+        for place_in_turn, message in enumerate(answered):
+            turned += recording.message(False, message, at_ns + place_in_turn + 1)
+        turned += recording.message(False, b"END" if ends else b"more", at_ns + 10)
+    turned += recording.end(10**18 + 10**10)
+    with tempfile.TemporaryFile() as file:
+        keeper = PlaintextKeeper(file.fileno())
+        for each in turned:
+            keep_exchange(keeper, each)
+        found = read(file.fileno())
+    assert found.error is None
+    again = turns(found.items, b"END")
+    assert len(again) == len(turned)
+    for before, after in zip(turned, again, strict=True):
+        assert after.protocol is Protocol.WEBSOCKET
+        assert after.request.body == before.request.body
+        assert after.response.body == before.response.body
+        assert (after.response.status, after.outcome) == (101, before.outcome)
+        assert (after.request.host, after.request.path) == ("api.openai.com", "/v1/responses")
+        assert after.request.query == before.request.query
+        assert ("user-agent", "codex") in after.request.headers
+        assert ("x-request-id", "r1") in after.response.headers
+        times = before.started_ns, before.first_byte_ns, before.ended_ns
+        assert (after.started_ns, after.first_byte_ns, after.ended_ns) == times
 
 
 def said(path: Path) -> dict[Direction, bytes]:

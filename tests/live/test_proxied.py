@@ -116,7 +116,8 @@ def test_a_client_behind_the_proxy_is_metered_with_its_pid_and_its_exit_code_is_
     assert event.usage.source is Source.PROXY
     if sys.platform == "linux":
         assert event.usage.process is not None
-        assert event.usage.process.argv[0] == sys.executable
+        # A folder is kept only where all of it is words.
+        assert Path(event.usage.process.argv[0]).name == Path(sys.executable).name
     assert run.totals.total.requests == 1
     assert not run.losses
     assert run.unmetered == []  # the proxy's own connections did not go past it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from halton_meter.live.stopping import (
     identity,
     is_alive,
     job_of,
+    may_pause,
     resume_all,
     say_on_terminal,
 )
@@ -219,3 +221,49 @@ def test_without_a_terminal_it_is_the_process_alone(
     (child,) = wait_until(lambda: children(parent.pid), "its child")
     assert job_of(identity(child)) == [identity(child)]
     assert not say_on_terminal(child, "nobody reads this") or not sys.stderr.isatty()
+
+
+def test_only_who_nobody_watches_for_stops_may_be_paused() -> None:
+    """A shell with job control would take a job that stops for one that is to stay so."""
+    script = "import os, sys; os.setpgid(0, 0); print(os.getpid(), flush=True); sys.stdin.read()"
+
+    def kept(*argv: str) -> subprocess.Popen[bytes]:
+        found = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        assert found.stdout is not None
+        found.stdout.readline()
+        return found
+
+    alone = kept("sh", "-c", "echo; sleep 1000 & echo $!; read x")
+    jobs = kept("sh", "-c", f"echo; {sys.executable} -c '{script}'")
+    try:
+        assert alone.stdout is not None
+        assert jobs.stdout is not None
+        child, job = int(alone.stdout.readline()), int(jobs.stdout.readline())
+        assert may_pause(alone.pid, None)  # no terminal, and the session's own group
+        assert may_pause(child, alone.pid)  # of a run: in the group of its command
+        assert may_pause(child, None)
+        assert not may_pause(job, jobs.pid)  # in a group that something made for it
+        assert not may_pause(job, None)
+        assert not may_pause(0, None)
+        ended = subprocess.Popen(["true"])
+        ended.wait()
+        assert not may_pause(ended.pid, None)
+    finally:
+        for each in (alone, jobs):
+            os.killpg(each.pid, signal.SIGKILL)
+            each.wait()
+        os.kill(job, signal.SIGKILL)
+
+
+def test_who_is_looked_at_by_a_debugger_is_not_paused() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    process = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    try:
+        wait_until(lambda: may_pause(process.pid, None), "the exec")
+        assert libc.ptrace(0x4206, process.pid, None, None) == 0  # PTRACE_SEIZE
+        assert not may_pause(process.pid, None)
+    finally:
+        process.kill()
+        process.wait()

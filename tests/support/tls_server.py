@@ -53,7 +53,7 @@ class TlsServer:
             threading.Thread(target=self._serve, args=(raw,), daemon=True).start()
 
     def _serve(self, raw: socket.socket) -> None:
-        with contextlib.suppress(OSError, ssl.SSLError):
+        with contextlib.suppress(OSError, ssl.SSLError, ValueError):  # what is no HTTP/1, too
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             raw_port = raw.getpeername()[1]
             tls = self._context.wrap_socket(raw, server_side=True)

@@ -17,14 +17,19 @@ from capture.functions.elf import Elf, Segment
 from capture.functions.finder.instruction_sets import X86, Aarch64, Flow, Step
 from capture.functions.finder.references import (
     ADRP_DISTANCE_MAX,
+    ARM_CONDITIONAL_BYTES,
+    CALL_OR_BRANCH,
     LEA,
+    SHORT_BYTES,
     aarch64_adds,
     aarch64_branches,
     aarch64_calls,
     aarch64_page,
+    clusters,
     x86_calls,
     x86_is_branched_to,
     x86_relatives,
+    x86_short_branches,
 )
 from capture.functions.finder.scanning import Buffer
 from capture.functions.x86_lengths import may_end_with
@@ -334,11 +339,7 @@ class Code:
         A compiler that builds the frame late (shrink-wrapping) leaves blocks that balance by
         themselves. Bytes that only look like a branch lead to a longer search, no more.
         """
-        base = max(start - BLOCKS_BYTES_MAX, 0)
-        for segment in self.elf.executables:
-            if segment.address <= start < segment.address + segment.size_bytes:
-                base = max(base, segment.address)
-        code = self.bytes_at(base, start - base + BLOCKS_BYTES_MAX)
+        base, code = self._around(range(start, start), BLOCKS_BYTES_MAX)
         if self.arm:
             return any(base + at + step == start for at, step in aarch64_branches(code))
         return x86_is_branched_to(code, start - base)
@@ -386,6 +387,43 @@ class Code:
             step = self.step(at)
             if step is not None and step.target == target:
                 yield at, target
+
+    def entries(self, addresses: Collection[int]) -> Iterator[tuple[int, int]]:
+        """(address, target) of instructions that seem to go to one of some addresses.
+
+        Bytes that only look like one are among them. Less than NEAR_BYTES away; on aarch64
+        conditional branches reach no farther than ARM_CONDITIONAL_BYTES.
+        """
+        for near in clusters(addresses):
+            inside = frozenset(near)
+            for base, piece in self._code_from(near[0], near=True):
+                if self.arm:
+                    yield from aarch64_calls(piece, base, inside)
+                else:
+                    found = x86_relatives(piece, base, inside, CALL_OR_BRANCH)
+                    yield from ((at if self._is_branch(at) else at + 1, to) for at, to in found)
+            reach = ARM_CONDITIONAL_BYTES if self.arm else SHORT_BYTES
+            base, code = self._around(range(near[0], near[-1] + 1), reach)
+            if self.arm:
+                branches = ((base + at, base + at + step) for at, step in aarch64_branches(code))
+            else:
+                found = x86_short_branches(code, range(near[0] - base, near[-1] - base + 1))
+                branches = ((base + at, base + target) for at, target in found)
+            yield from ((at, target) for at, target in branches if target in inside)
+
+    def _is_branch(self, at: int) -> bool:
+        return self.bytes_at(at, 1) == b"\x0f" and self.bytes_at(at + 1, 1) not in (
+            b"\xe8",
+            b"\xe9",
+        )
+
+    def _around(self, bounds: range, reach: int) -> tuple[int, bytes]:
+        """The code within the bounds and so much on both sides, and its address."""
+        for segment in self.elf.executables:
+            if segment.address <= bounds.start < segment.address + segment.size_bytes:
+                base = max(bounds.start - reach, segment.address)
+                return base, self.bytes_at(base, bounds.stop + reach - base)
+        return bounds.start, b""
 
     def _code_from(self, address: int, *, near: bool = False) -> Iterator[tuple[int, Buffer]]:
         """All code in pieces, nearest to `address` first: callers are mostly near.

@@ -46,6 +46,10 @@ class Paths:
         self.lines = lines
         self.start, self.end = lines[0][0], lines[-1][0] + lines[-1][1]
         self.index = {line[0]: number for number, line in enumerate(lines)}
+        self.entered: frozenset[int] = frozenset()
+        """Addresses to which code elsewhere goes: who looks for that says so here."""
+        self.asked: set[int] = set()
+        """Addresses of which it was asked what comes before them."""
         self._code, self._reader = code, reader
         self._effects: dict[int, tuple[Effect, ...]] = {}
         self._outlines: dict[int | None, tuple[Effect, ...]] = {}
@@ -77,6 +81,10 @@ class Paths:
         if name == "call":
             return Flow.CALL
         return Flow.STOP if name in _X86_ENDS else Flow.NEXT
+
+    def calls(self, address: int) -> bool:
+        """Whether one of its instructions is there, and is a call."""
+        return address in self.index and self.flow(self.index[address]) is Flow.CALL
 
     def target(self, number: int) -> int | None:
         """Where it calls or jumps; None when that is computed, or nowhere."""
@@ -133,7 +141,8 @@ class Paths:
     def predecessors(self, number: int) -> tuple[int, ...] | None:
         """The instructions that it may follow; None when others may come before it as well."""
         address = self.lines[number][0]
-        if address in self._table_targets or not number:
+        self.asked.add(address)
+        if address in self._table_targets or address in self.entered or not number:
             return None
         found = (*self._sources.get(address, ()), *((number - 1,) if self._falls(number) else ()))
         return found or None

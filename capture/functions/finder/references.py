@@ -26,32 +26,53 @@ def _is_lea(data: bytes | bytearray, at: int) -> bool:
     return data[at + 1] == 0x8D and data[at] in (0x48, 0x4C) and data[at + 2] & 0xC7 == 0x05
 
 
+def _is_call_or_branch(data: bytes | bytearray, at: int) -> bool:
+    """`call` or `jmp` behind some byte, or a conditional branch."""
+    return _is_call(data, at + 1) or (data[at] == 0x0F and data[at + 1] & 0xF0 == 0x80)
+
+
 Opcode = tuple[int, Callable[[bytearray, int], bool]]
 """How many bytes precede the distance, and whether those at an offset are the opcode."""
 CALL: Opcode = (1, _is_call)
 LEA: Opcode = (3, _is_lea)
-_SHORT_BRANCH = re.compile(rb"(?s)(?=[\x70-\x7f\xeb](.))")
+CALL_OR_BRANCH: Opcode = (2, _is_call_or_branch)
+_SHORT_BRANCH = re.compile(rb"(?s)(?=[\x70-\x7f\xe0-\xe3\xeb](.))")
 # No farther than 32 KiB: the distance's high bytes are zeros or ones.
 _NEAR_BRANCH = re.compile(rb"(?s)(?=(?:\x0f[\x80-\x8f]|\xe9)(..(?:\0\0|\xff\xff)))")
+_ARM_BRANCH = re.compile(rb"[\x14-\x17\x34-\x37\x54\xb4-\xb7]")
+"""The highest byte of one."""
+ARM_CONDITIONAL_BYTES = 1 << 20
+"""How far a conditional branch reaches on aarch64."""
 SHORT_BYTES = 130
 """How far from its target a branch with a distance of one byte may begin."""
 
 
 def x86_is_branched_to(code: bytes, target: int) -> bool:
     """Whether some bytes of code may be a conditional branch or `jmp` to that offset in it."""
-    near_by = range(max(target - SHORT_BYTES, 0), min(target + SHORT_BYTES, len(code)))
-    for match in _SHORT_BRANCH.finditer(code, near_by.start, near_by.stop):
-        if match.end() + 2 + int.from_bytes(match[1], "little", signed=True) == target:
-            return True
+    if any(x86_short_branches(code, range(target, target + 1))):
+        return True
     for match in _NEAR_BRANCH.finditer(code):
         if match.end(1) + int.from_bytes(match[1], "little", signed=True) == target:
             return True
     return False
 
 
+def x86_short_branches(code: bytes, targets: range) -> Iterator[tuple[int, int]]:
+    """(offset, target) of what may be a branch of two bytes to one of the offsets."""
+    near_by = range(max(targets.start - SHORT_BYTES, 0), min(targets.stop + SHORT_BYTES, len(code)))
+    for match in _SHORT_BRANCH.finditer(code, near_by.start, near_by.stop):
+        target = match.end() + 2 + int.from_bytes(match[1], "little", signed=True)
+        if target in targets:
+            yield match.start(), target
+
+
 def aarch64_branches(code: bytes) -> Iterator[tuple[int, int]]:
     """(offset, distance in bytes) of every conditional branch and `b`."""
-    for index, word in enumerate(memoryview(code)[: len(code) & ~3].cast("I")):
+    for match in _ARM_BRANCH.finditer(code):
+        at = match.start() - 3
+        if at < 0 or at % 4:
+            continue
+        word = int.from_bytes(code[at : at + 4], "little")
         if word & 0xFF000010 == 0x54000000 or word & 0x7E000000 == 0x34000000:
             bits, value = 19, word >> 5 & 0x7FFFF  # b.cond; cbz, cbnz
         elif word & 0x7E000000 == 0x36000000:
@@ -61,7 +82,7 @@ def aarch64_branches(code: bytes) -> Iterator[tuple[int, int]]:
         else:
             continue
         sign = 1 << (bits - 1)
-        yield 4 * index, ((value ^ sign) - sign) * 4
+        yield at, ((value ^ sign) - sign) * 4
 
 
 def x86_relatives(
@@ -73,7 +94,7 @@ def x86_relatives(
     high bytes are the same over 64 KiB of code, so two literal bytes are searched in each, at
     memory speed; decoding every instruction of 100 MB takes minutes.
     """
-    for near in _clusters(targets):
+    for near in clusters(targets):
         first, last = near[0] - base, near[-1] - base
         for high in range((first - piece.length) >> 16, (last >> 16) + 1):
             if -0x8000 <= high < 0x8000:
@@ -100,7 +121,7 @@ def _with_distance(
                 yield base + start, base + at + 2 + distance
 
 
-def _clusters(targets: Collection[int]) -> Iterator[list[int]]:
+def clusters(targets: Collection[int]) -> Iterator[list[int]]:
     """Targets that lie close together are searched as one."""
     cluster: list[int] = []
     for target in sorted(set(targets)):
@@ -116,28 +137,29 @@ def aarch64_calls(piece: Buffer, base: int, targets: Collection[int]) -> Iterato
     """(address, target) of `bl` and `b` to one of the targets."""
     if base % 4:
         return
-    for target in sorted(set(targets)):
-        for at in _aarch64_calls(piece, base, target):
-            yield base + at, target
+    for near in clusters(targets):
+        yield from _aarch64_calls(piece, base, frozenset(near), range(near[0], near[-1] + 1))
 
 
-def _aarch64_calls(piece: Buffer, base: int, target: int) -> Iterator[int]:
+def _aarch64_calls(
+    piece: Buffer, base: int, targets: Collection[int], around: range
+) -> Iterator[tuple[int, int]]:
     # `bl`/`b` hold a signed 26-bit word distance: it changes by one per instruction, so search
     # 256 KiB at a time for its high bytes.
     window = 1 << 18
     for low in range(0, piece.length & ~3, window):
+        nearest, farthest = around.start - (base + low + window), around[-1] - (base + low)
+        highs = {high & 0x3FF for high in range(nearest >> 18, (farthest >> 18) + 1)}
         for op in (0x94, 0x14):
-            high_low = ((target - (base + low + window)) >> 2) & 0x3FFFFFF
-            high_high = ((target - (base + low)) >> 2) & 0x3FFFFFF
-            for high in {high_low >> 16, high_high >> 16}:
+            for high in sorted(highs):
                 tail = bytes((high & 0xFF, op | high >> 8))
                 for at in piece.all(tail, low, low + window):
                     place = at - 2
                     if place % 4 == 0 and place >= 0:
                         word = int.from_bytes(piece.data[place : place + 4], "little") & 0x3FFFFFF
-                        distance = (word ^ 0x2000000) - 0x2000000
-                        if base + place + distance * 4 == target:
-                            yield place
+                        target = base + place + 4 * ((word ^ 0x2000000) - 0x2000000)
+                        if target in targets:
+                            yield base + place, target
 
 
 def aarch64_adds(

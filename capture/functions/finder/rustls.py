@@ -65,10 +65,12 @@ CALLEE_BYTES_MAX = 0x800
 """The function with `decrypt`, where it is not inlined: some 600 bytes."""
 FUNCTION_BYTES_MAX = 0x20000
 """Of the functions with panics of conn.rs: 21 KB in uv."""
-NEAR_BYTES = 0x1000
+AROUND_BYTES = 0x1000
 """How far around an address the bounds of its function are looked for at first."""
 FUNCTIONS_MAX = 512
 STARTS_MAX = 4
+BETWEEN_MAX, MEET_MAX = 4, 32
+"""Who goes between instructions meets them within some three: how many are looked at, followed."""
 SERVER_NAME = ServerName(state=0x388, name=0x10)
 """The same in 0.23.35 to 0.23.46 and in a fork, with both providers (rustc 1.91 to 1.100)."""
 SERVER_NAME_SINCE = (0, 23, 35)
@@ -100,6 +102,7 @@ def _arm_goes_elsewhere(word: int) -> bool:
     )
 
 
+_GOES = (Flow.JUMP, Flow.BRANCH)
 _RELATIVE = re.compile(r"\[rip ([+-]) (0x[0-9a-f]+)\]")
 _ARM_PAGE = re.compile(r"(x\d+), #(0x[0-9a-f]+)")
 _ARM_ADD = re.compile(r"x\d+, (x\d+), #(0x[0-9a-f]+)")
@@ -243,6 +246,12 @@ class _Search:
             if callee is not None and callee not in everything:
                 for site in sites_in(callee, self.abi, locations):
                     found.setdefault(site.call, _Located(site, callee))
+        for paths in {each.paths for each in found.values()}:
+            if not self._is_known_well(paths):
+                again = {site.call: site for site in sites_in(paths, self.abi, locations)}
+                for call in [each.site.call for each in found.values() if each.paths is paths]:
+                    del found[call]
+                found |= {call: _Located(site, paths) for call, site in again.items()}
         sites = sorted(found.values(), key=lambda each: each.site.call)
         encrypter = _checked(sites)
         _check_complete(sites, layers)
@@ -292,7 +301,7 @@ class _Search:
         """From one likely start of a function to the next: some functions, in order."""
         for segment in self.elf.executables:
             if segment.address <= address < segment.address + segment.size_bytes:
-                for reach in (NEAR_BYTES, FUNCTION_BYTES_MAX // 2):
+                for reach in (AROUND_BYTES, FUNCTION_BYTES_MAX // 2):
                     base = max((address - reach) & ~15, segment.address)
                     code = self.code.bytes_at(base, address + reach - base)
                     starts = self._likely_starts(base, code)
@@ -313,6 +322,55 @@ class _Search:
             for number in range(1, len(words))
             if _arm_builds_frame(words[number]) and _arm_goes_elsewhere(words[number - 1])
         ]
+
+    def _is_known_well(self, paths: Paths) -> bool:
+        """False where others go to what was taken as certain: it is told so, and looked at again.
+
+        A part that was moved elsewhere comes back, as of code that is seldom run.
+        """
+        numbers = (paths.index[address] for address in paths.asked)
+        firsts = ((max(number - BETWEEN_MAX, 0), number) for number in numbers)
+        looked_at = {
+            address
+            for first, number in firsts
+            for address in range(paths.lines[first][0] + 1, paths.lines[number][0] + 1)
+        }
+        entries = (*self.code.entries(looked_at), *self._returns_from_parts(paths))
+        came = {to for at, to in entries if at not in paths and self._is_instruction(at)}
+        came |= {to for at, to in entries if paths.calls(at)}
+        paths.entered = frozenset(met for to in came for met in self._met(paths, to))
+        return not paths.entered
+
+    def _met(self, paths: Paths, address: int) -> Iterator[int]:
+        """Where what begins at an address, maybe between instructions, goes on as the function."""
+        for _ in range(MEET_MAX):
+            if address in paths.index:
+                yield address
+                return
+            step = self.code.step(address)
+            if step is None:
+                return
+            if step.target in paths.index:
+                yield step.target
+            if step.flow not in (Flow.NEXT, Flow.BRANCH, Flow.CALL):
+                return
+            address = step.after
+
+    def _is_instruction(self, address: int) -> bool:
+        """Whether the bytes there, which look like an instruction, may be one."""
+        paths = self._around(address)
+        return address in paths.index if paths else self.code.step(address) is not None
+
+    def _returns_from_parts(self, paths: Paths) -> Iterator[tuple[int, int]]:
+        """(address, target) of jumps into a function from where it jumps to, however far away."""
+        for number in range(len(paths.lines)):
+            target = paths.target(number) if paths.flow(number) in _GOES else None
+            if target is not None and target not in paths:
+                part = self._around(target)
+                for each in range(len(part.lines)) if part else ():
+                    to = part.target(each) if part and part.flow(each) in _GOES else None
+                    if part and to is not None and to in paths and to != paths.start:
+                        yield part.lines[each][0], to
 
     def _mentioned(self, paths: Paths) -> set[int]:
         """The functions that a function calls, or whose addresses it loads, maybe to call them."""

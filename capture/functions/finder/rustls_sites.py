@@ -116,8 +116,8 @@ def sites_in(paths: Paths, abi: Abi, panics: Collection[int]) -> Iterator[Site]:
             chain = _chain(paths, number)
             states = _states(paths, chain, State(abi, frame_pointer))
             shape = _shape(paths, number, states[-1])
-            if shape is None:
-                continue
+            if shape is None or any(state.register(abi.stack).plus > 0 for state in states):
+                continue  # above the frame lies the caller's, with what is sent
             look = _Look(paths, abi, frozenset(panics), number, chain, states, shape)
             site = look.send() if shape.sends else look.receive()
             if site is not None:

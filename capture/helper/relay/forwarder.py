@@ -36,7 +36,7 @@ class Forwarder:
         self._ring = ring
         self._on_notice = on_notice
         self._own: deque[bytes] = deque()
-        self._barriers: deque[tuple[int, int]] = deque()
+        self._barriers: deque[tuple[int, bytes]] = deque()
         self._done = spool.oldest
         self._sock: socket.socket | None = None
         self._direct = bytearray()
@@ -99,10 +99,14 @@ class Forwarder:
         own, self._own = list(self._own), deque()
         return own
 
+    def put_behind(self, frame: bytes) -> None:
+        """A frame of our own, after all that the kernel has reserved by now."""
+        if len(self._barriers) < OWN_FRAMES_MAX:
+            self._barriers.append((self._ring.produced(), frame))
+
     def put_barrier(self, number: int) -> None:
         """Answer this command once all that the kernel has reserved by now has been moved."""
-        if len(self._barriers) < OWN_FRAMES_MAX:
-            self._barriers.append((self._ring.produced(), number))
+        self.put_behind(protocol.encode_message(protocol.REPLY, {"id": number}))
 
     # --- moving ---------------------------------------------------------------------------------
 
@@ -118,7 +122,7 @@ class Forwarder:
                 break
             moved = True
         self._ring.skip_discarded()
-        self._answer_barriers()
+        self._put_what_is_due()
         self.flush()
         return moved
 
@@ -164,10 +168,9 @@ class Forwarder:
                 return
             self._own.popleft()
 
-    def _answer_barriers(self) -> None:
+    def _put_what_is_due(self) -> None:
         while self._barriers and self._ring.position >= self._barriers[0][0]:
-            _, number = self._barriers.popleft()
-            self.put(protocol.encode_message(protocol.REPLY, {"id": number}))
+            self.put(self._barriers.popleft()[1])
 
     def flush(self) -> bool:
         """Send what is there to be sent; False when the socket is full, or there is nobody."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from halton_meter.meter import Meter
     from halton_meter.model import Connection, PricedEvent, Process, TlsChunk
 
-NO_KEYS, QUIC = "no_keys", "quic"
+NO_KEYS = "no_keys"
 COUNTED_MAX = 65_536
 
 

@@ -1,8 +1,10 @@
-"""The process of a connection whose packets were seen: by its socket, while both are there.
+"""The process of a connection whose packets were seen.
 
-A connection may live for some milliseconds, so the processes of the command are looked at first:
-those that had a connection before, then all below the command. All others of the user are searched
-only where it matters, which takes some 40 ms.
+Who connects is told by the kernel in the moment of it, where we could ask it (`connectors.py`).
+Else the process is looked for by its socket, while both are there. A connection may live for some
+milliseconds, so the processes of the command are looked at first: those that had a connection
+before, then all below the command. All others of the user are searched only where it matters, which
+takes some 40 ms.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from capture.processes.proc import children_of, read_process
+from halton_meter.live.keylog.connectors import Connectors
 from halton_meter.model import Process
 from proxy_fallback.edge.client_socket import ClientSocket
 from proxy_fallback.edge.owner import OwnerUnknown, owner_of, owner_pid
@@ -26,10 +29,11 @@ SOCKETS_MAX = 65_536
 
 
 class Owners:
-    """`root` is the command's process id, once it runs."""
+    """`root` is the command's process id, once it runs; `connectors` tells who connects."""
 
-    def __init__(self) -> None:
+    def __init__(self, connectors: Connectors | None = None) -> None:
         self.root: int | None = None
+        self._connectors = connectors
         self._command: Process | None = None
         self._found: OrderedDict[int, Process] = OrderedDict()  # the latest last
 
@@ -56,6 +60,12 @@ class Owners:
 
         With `search` all processes are looked at, else the command's and the `newest` so many.
         """
+        if self._connectors is not None:
+            told = self._connectors.find(client, server, wait=search)
+            if told is not None:
+                return self._remember(told)
+            if self._connectors.sees and not search:  # asked again once it matters
+                return None
         inode = None
         if self.root is not None:  # a wrapper becomes another program (`env`, `timeout`)
             self._command = read_process(self.root) or self._command
@@ -87,11 +97,13 @@ class Owners:
 
     def _read(self, pid: int) -> Process | None:
         process = read_process(pid)
-        if process is not None:
-            self._found[pid] = process
-            self._found.move_to_end(pid)
-            if len(self._found) > RECENT_MAX:
-                self._found.popitem(last=False)
+        return None if process is None else self._remember(process)
+
+    def _remember(self, process: Process) -> Process:
+        self._found[process.pid] = process
+        self._found.move_to_end(process.pid)
+        if len(self._found) > RECENT_MAX:
+            self._found.popitem(last=False)
         return process
 
     def _tree(self) -> Iterator[int]:
@@ -134,9 +146,9 @@ def _holds(pid: int, inode: int) -> bool:
 class OfUser:
     """The owners of connections of this machine, for a service that is one user's."""
 
-    def __init__(self, uid: int) -> None:
+    def __init__(self, uid: int, connectors: Connectors | None = None) -> None:
         self._uid = uid
-        self._owners = Owners()
+        self._owners = Owners(connectors)
 
     def find(
         self, client: tuple[str, int], server: tuple[str, int], search: bool

@@ -1,9 +1,10 @@
 """`run --via keylog`: one command's packets, decrypted with the keys that it writes, and metered.
 
-Three processes: this one, as the user, meters; the sniffer (`capture/sniffer.py`) alone may see
-packets; the command runs in the foreground with its terminal and signals its own. The command is
-told a key log file in a folder that only the user may read; the folder is deleted at the end. Only
-connections whose keys are in that file are read, so no other program's.
+Four processes: this one, as the user, meters; the sniffer (`capture/sniffer.py`) alone may see
+packets; another one tells who connects (`capture/connectors.py`); the command runs in the
+foreground with its terminal and signals its own. The command is told a key log file in a folder
+that only the user may read; the folder is deleted at the end. Only connections whose keys are in
+that file are read, so no other program's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capture.live_capture import Address, LiveCapture, start_sniffer
+from capture.live_capture import LiveCapture, start_sniffer
 from halton_meter.live import own_code
 from halton_meter.live.control import (
     SOCKET_NAME,
@@ -31,7 +32,7 @@ from halton_meter.live.foreground import in_foreground
 from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.keylog import told
-from halton_meter.live.keylog.intake import NO_KEYS, QUIC, Intake
+from halton_meter.live.keylog.intake import NO_KEYS, Intake
 from halton_meter.live.keylog.owners import Owners
 from halton_meter.live.keylog.private_folder import KEYS, private_folder
 from halton_meter.live.pipeline import Pipeline, prepare_home
@@ -42,12 +43,12 @@ if TYPE_CHECKING:
     import socket
 
     from capture.packets.keeping import Keeping
-    from halton_meter.model import Connection, TlsChunk
+    from halton_meter.live.keylog.connectors import Connectors
+    from halton_meter.model import Connection, Process, TlsChunk
 
 HTTPS = 443
 RUN_FIX = "sudo halton-meter run --via keylog -- CMD"
-# Through a proxy there is no QUIC.
-FIXES = dict.fromkeys((NO_KEYS, QUIC), "halton-meter run --via proxy")
+FIXES = {NO_KEYS: "halton-meter run --via proxy"}
 # How often key files are looked at while no packet comes.
 LOOK_EVERY_S = 0.05
 # After the command's end: packets that are under way, and keys written last.
@@ -71,17 +72,20 @@ def meter_command(
     extra_hosts: Mapping[str, str],
     link: socket.socket,
     keeping: Keeping | None = None,
+    connectors: Connectors | None = None,
 ) -> RunResult:
     """Run `command` as the user whom we are and meter it; `link` is a sniffer's. Raises OSError.
 
-    `keeping` records what is metered.
+    `keeping` records what is metered, `connectors` tells who connects.
     """
     prepare_home(home)
     result = RunResult()
     with private_folder(KEYS) as folder:
         private = folder / "keys.log"
         informed, keys = told.environment(environment, private)
-        metering = _Metering(link, keys, home, extra_hosts, keeping, is_private=keys == private)
+        owners = Owners(connectors)
+        is_private = keys == private
+        metering = _Metering(link, keys, home, extra_hosts, keeping, owners, is_private=is_private)
         metering.start()
         try:
             result.exit_code, ran = in_foreground(command, informed, metering.began)
@@ -102,6 +106,7 @@ class _Metering:
         home: Path,
         extra_hosts: Mapping[str, str],
         keeping: Keeping | None,
+        owners: Owners,
         *,
         is_private: bool,
     ) -> None:
@@ -114,7 +119,7 @@ class _Metering:
         self._journal = JournalWriter(Store(home), home, self._price_error)
         self._home = home
         self._intake = Intake(self._meter, self._journal)
-        self._owners = Owners()
+        self._owners = owners
         self._in_flight = InFlight(self._meter)
         self._selector = selectors.DefaultSelector()
         remove_dead_run_sockets(home)
@@ -129,6 +134,7 @@ class _Metering:
             self._owners.find,
             self._miss,
             keeping=keeping,
+            udp_owner=self._owners.find_udp,
             quic=self._miss_quic,
         )
         self._over = threading.Event()
@@ -234,8 +240,7 @@ class _Metering:
             return
         self._intake.miss(process, host, NO_KEYS)
 
-    def _miss_quic(self, client: Address, server: Address, host: str) -> None:
-        """A QUIC connection to a provider, unless it is known to be another program's."""
-        process = self._owners.find_udp(client)
+    def _miss_quic(self, process: Process | None, host: str) -> None:
+        """The same of a QUIC connection."""
         if process is None or self._owners.is_of_command(process):
-            self._intake.miss(process, host, QUIC)
+            self._intake.miss(process, host, NO_KEYS)

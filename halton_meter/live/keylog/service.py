@@ -1,10 +1,11 @@
 """`daemon --via keylog`: packets of this machine's connections to providers, with the user's keys.
 
-Two processes: the sniffer (`capture/sniffer.py`), nobody, holds the packet socket; this one is the
-user, for good, and meters. No process of it is root once it meters, so what dies is started again
-by who started us (systemd, `daemon --keep`). Keys come from files that the user's programs write;
-without others named, from the folder `keys` in the data folder, where what was read is wiped. Only
-connections whose keys are there are read.
+Three processes: the sniffer (`capture/sniffer.py`), nobody, holds the packet socket; another one,
+the user, tells who connects (`capture/connectors.py`); this one is the user, for good, and meters.
+No process of it is root once it meters, so what dies is started again by who started us (systemd,
+`daemon --keep`). Keys come from files that the user's programs write; without others named, from
+the folder `keys` in the data folder, where what was read is wiped. Only connections whose keys are
+there are read.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from halton_meter.live.control import KEY_LOG_SOCKET_NAME, Answering, Client
 from halton_meter.live.guard import Guard
 from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import JournalWriter
-from halton_meter.live.keylog.intake import NO_KEYS, QUIC, Intake
+from halton_meter.live.keylog.intake import NO_KEYS, Intake
 from halton_meter.live.keylog.owners import OfUser
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.outages import KEY_LOG_LIST_NAME, KEY_LOG_STATE_NAME, Outages
@@ -38,6 +39,7 @@ from halton_meter.live.unmetered import Unmetered
 from halton_meter.providers.registry import Registry
 
 if TYPE_CHECKING:
+    from halton_meter.live.keylog.connectors import Connectors
     from halton_meter.model import Connection, Process, TlsChunk, TlsClosed
 
 KEYS_FOLDER, KEYS_NAME = "keys", "tls.log"
@@ -49,7 +51,7 @@ UNMETERED_SHOWN_MAX = 200
 TROUBLES_SHOWN_MAX = 20
 OF_RUNS_MAX = 4_096
 SNIFFER_ENDED = "the process that captures packets ended"
-FIXES = dict.fromkeys((NO_KEYS, QUIC), "halton-meter run --via proxy -- CMD")
+FIXES = {NO_KEYS: "halton-meter run --via proxy -- CMD"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +88,21 @@ def missing_folders(places: KeyPlaces) -> list[str]:
 
 
 def serve(
-    home: Path, named: Sequence[Path], link: socket.socket, say: Callable[[str], None]
+    home: Path,
+    named: Sequence[Path],
+    link: socket.socket,
+    connectors: Connectors | None,
+    say: Callable[[str], None],
 ) -> int:
     """Meter until SIGTERM, SIGINT or `stop`; the exit code, 1 when the sniffer ended.
 
-    `link` is a sniffer's. We are the user by now.
+    `link` is a sniffer's, `connectors` tells who connects. We are the user by now.
     """
     prepare_home(home)
     os.umask(0o077)
     limit_this_process()
     places = key_places(home, named)
-    service = KeyLogService(home, places, link)
+    service = KeyLogService(home, places, link, connectors)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.ask_to_stop())
     signal.signal(signal.SIGHUP, lambda *_: service.reload())
@@ -116,7 +122,13 @@ def serve(
 class KeyLogService:
     """The loop: one thread, woken by packets, a request, or what is due."""
 
-    def __init__(self, home: Path, places: KeyPlaces, link: socket.socket) -> None:
+    def __init__(
+        self,
+        home: Path,
+        places: KeyPlaces,
+        link: socket.socket,
+        connectors: Connectors | None = None,
+    ) -> None:
         from halton_meter.store import Store
 
         self._home, self._places = home, places
@@ -134,7 +146,7 @@ class KeyLogService:
             self._is_of_run,
         )
         self._in_flight = InFlight(self._meter)
-        self._owners = OfUser(os.getuid())
+        self._owners = OfUser(os.getuid(), connectors)
         self._of_runs: dict[int, None] = {}  # processes of runs that meter by themselves
         self._outages = Outages(home, KEY_LOG_STATE_NAME, KEY_LOG_LIST_NAME)
         self._source = LiveCapture(
@@ -144,6 +156,7 @@ class KeyLogService:
             self._find,
             self._miss,
             own_keys=places.ours,
+            udp_owner=self._find_udp,
             quic=self._miss_quic,
         )
         self._warm_up()  # before anybody is told that we are there
@@ -209,7 +222,12 @@ class KeyLogService:
         return bool(self._registry.of_host(host))
 
     def _find(self, client: Address, server: Address, search: bool) -> Process | None:
-        found = self._owners.find(client, server, search)
+        return self._noted(self._owners.find(client, server, search))
+
+    def _find_udp(self, client: Address) -> Process | None:
+        return self._noted(self._owners.find_udp(client))
+
+    def _noted(self, found: Process | None) -> Process | None:
         # Now, as the run may be over when the connection is judged.
         if found is not None and control.is_of_run(self._home, found):
             self._of_runs[found.pid] = None
@@ -235,10 +253,9 @@ class KeyLogService:
         if host and not self._owners.is_foreign(connection.process):
             self._intake.miss(connection.process, host, NO_KEYS)
 
-    def _miss_quic(self, client: Address, server: Address, host: str) -> None:
-        process = self._owners.find_udp(client)
+    def _miss_quic(self, process: Process | None, host: str) -> None:
         if not self._owners.is_foreign(process):
-            self._intake.miss(process, host, QUIC)
+            self._intake.miss(process, host, NO_KEYS)
 
     # --- time
 

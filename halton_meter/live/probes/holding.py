@@ -5,6 +5,10 @@ a limit, or a request begins though the limit is spent, the process is stopped w
 within a run all of the run, else the terminal's job that it belongs to. A request that was sent
 cannot be taken back: what is under way at that moment is still answered and billed. `budget resume`
 lets it go on; who watches a run is asked first, as the terminal has to be given back.
+
+A process whose answers under way may reach a limit is `asking`: the kernel pauses it as it begins a
+request, until what it has read by then is counted here (`goes_on`). So one that asks for one thing
+after another has sent nothing behind the answer that crosses the limit.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
@@ -28,6 +32,7 @@ from halton_meter.live.stopping import (
     began_before,
     identity,
     job_of,
+    may_pause,
     say_on_terminal,
 )
 from halton_meter.model import Exchange, PricedEvent, Process
@@ -40,6 +45,7 @@ SETTLES_S = 0.05  # until it is known what else was under way when it was stoppe
 SAY_AFTER_S = 0.3  # a shell takes its terminal back first, and sets its modes
 TELL_AGAIN_S = 2.0
 HURRY_MS, LEISURE_MS = 1, 1000  # how long plaintext may gather, near a limit and else
+ASKING_MAX = 64  # as many as the helper pauses
 
 Tell = Callable[[dict[str, Any]], None]
 Preview = Callable[[Exchange], PricedEvent | None]
@@ -86,6 +92,8 @@ class Holding:
         self.refresh: Callable[[], None] = lambda: None
         self.guard = Guard(home, identity(os.getpid()), self._refresh, self.flights)
         self.preview: Preview = lambda _: None
+        self.at_most: Callable[[PricedEvent], PricedEvent] = lambda preview: preview
+        self.asking: dict[int, Process] = {}  # by pid
         self._is_run = is_run
         self._runs: dict[Hashable, Run] = {}
         self._fresh: list[Flight] = []
@@ -114,22 +122,36 @@ class Holding:
     def inherit(self) -> None:
         """Hold on to what the worker before us had stopped when it died.
 
-        What it had stopped of a run that the service watched is nobody's: who watched it is told
-        that the service is gone, and `budget resume` lets it go on.
+        What it had stopped of a run that the service watched is nobody's until who watches it is
+        here again; `budget resume` lets it go on as well.
         """
         roots = {str(run.root[0]): run for run in self._runs.values()}
         for stop in self.guard.inherit(lambda each: _root_of(each) in (roots or (None,))):
             stopper = Stopper()
             stopper.adopt(stop.processes)
+            stopper.stop_again()
             run = roots.get(_root_of(stop) or "")
             over = Over(stop.id, stop.limit_usd, stop.spent_usd, stop.usd, key=stop.key)
             budget = next((x for x in self.guard.budgets if x.name == stop.budget), None)
             holds = budget.holds if budget is not None else run and run.cap and run.cap.holds
             over = replace(over, budget=budget, holds=holds or STOP, at_least=stop.at_least)
             stopped = self._stopped[stop.id] = _Stopped(over, stopper, run)
+            if run is not None:  # the worker before us may have died before it said so
+                stopped.told_at = time.monotonic()
+                stopped.say.append((stopped.told_at, stop.program, stop.processes[0][0]))
             if holds == END:
                 stopped.stopper.end()
                 stopped.kill_at = time.monotonic() + END_S
+
+    def count(self, key: Hashable, events: Sequence[PricedEvent]) -> None:
+        """Events of a run that were metered before it was watched; stop it if they go over."""
+        run = self._runs[key]
+        mine = [event for event in events if run.cap is not None and run.has(event.usage.process)]
+        for event in mine:
+            assert run.cap is not None
+            run.cap.add(event)
+        if mine and (over := self._over_run(mine[-1].usage.process, None)) is not None:
+            self._stop(over, mine[-1].usage.process, mine[-1].usage.at_ns)
 
     def forget(self, key: Hashable) -> None:
         """Who watched a run is gone. What is stopped of it stays so, for `budget resume`."""
@@ -163,7 +185,35 @@ class Holding:
         exchange, _ = so_far.exchange(so_far.started_ns)
         priced = self.preview(exchange)
         if priced is not None:
-            self._fresh.append(self.flights.begin(exchange, priced))
+            most_usd = self.at_most(priced).list_usd
+            flight = self.flights.begin(exchange, priced, most_usd)
+            self._fresh.append(flight)
+            self._let_ask(flight)
+
+    def _let_ask(self, flight: Flight) -> None:
+        """Have the process asked before its next request, if the answer to this may be too much."""
+        process = flight.process
+        if process is None:
+            return
+        self.asking.pop(process.pid, None)
+        run = next((each for each in self._runs.values() if each.has(process)), None)
+        flights = [each for each in self.flights if run is not None and run.flies(each)]
+        near = run is not None and run.cap is not None and run.cap.may_be_crossed(flights)
+        if not near and not self.guard.may_be_crossed(flight):
+            return
+        if may_pause(process.pid, None if run is None else run.root[0]):
+            while len(self.asking) >= ASKING_MAX:
+                del self.asking[next(iter(self.asking))]
+            self.asking[process.pid] = process
+
+    def goes_on(self, pid: int) -> bool:
+        """Whether a process may send the request that it waits with: all that it has read before
+        is counted by now."""
+        process = self.asking.get(pid)
+        if process is not None and (over := self._over_run(process, None)) is not None:
+            self._stop(over, process, time.time_ns())
+        held = (each for stopped in self._stopped.values() for each in stopped.stopper.processes)
+        return all(each[0] != pid for each in held)
 
     def on_answer(self, exchange: Exchange) -> None:
         """It was answered, or never will be."""
@@ -315,6 +365,7 @@ class Holding:
                 if stopped.run.cap is not None and stopped.over.budget is None:
                     stopped.run.cap.allow(stop.more_usd or Decimal(0))
                 stopped.asked = True
+                stopped.say.clear()
                 stopped.run.tell({"limit_lifted": stop.id})
         self.say(now)
         for name, stopped in list(self._stopped.items()):
@@ -344,8 +395,13 @@ def _root_of(stop: Stop) -> str | None:
     return stop.id.rpartition("-" if stop.budget is None else "/")[2]
 
 
-def cap_of(name: str, usd: Any, holds: Any, before: dict[str, Any]) -> Cap | None:
-    """A run's limit as the worker is told of it; None where it is told of none."""
+def cap_of(
+    name: str, usd: Any, holds: Any, before: dict[str, Any], seen: Collection[str] = ()
+) -> Cap | None:
+    """A run's limit as the worker is told of it; None where it is told of none.
+
+    `before` is what was spent already, `seen` the events of that which may come again.
+    """
     try:
         limit_usd = amount(usd)
         spent = Amount(
@@ -357,4 +413,4 @@ def cap_of(name: str, usd: Any, holds: Any, before: dict[str, Any]) -> Cap | Non
         return None
     if limit_usd is None or limit_usd <= 0:
         return None
-    return Cap(limit_usd, name, END if holds == END else STOP, spent)
+    return Cap(limit_usd, name, END if holds == END else STOP, spent, seen)

@@ -6,7 +6,8 @@ probes and forwards plaintext. The metering worker (`probes/worker.py`) reads it
 and stores it, and parses all hostile bytes. `run` has a fourth process, the command itself, as the
 user, held until the probes are in place. The command never notices when one of ours dies.
 
-Read `serve` for the service and `run_command` for one command.
+Read `serve` for the service and `run_command` for one command; `probes/watched_run.py` for one that
+a service meters.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import dataclasses
 import os
 import selectors
 import signal
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,15 @@ from typing import Any
 from halton_meter import untrusted
 from halton_meter.accounts import Account
 from halton_meter.config import LINES_MAX, SYSTEM_CONFIG, Config, ConfigError, Loaded, is_host
-from halton_meter.coverage import Coverage
-from halton_meter.live.control import Control, ServiceAbsent, ask_service
+from halton_meter.live.control import ask_service
 from halton_meter.live.held import HeldCommand
 from halton_meter.live.probes.command import Command, Signals, attend
 from halton_meter.live.probes.programs import programs_ahead
 from halton_meter.live.probes.remembered import LIBRARIES_MAX, PATH_CHARACTERS_MAX, remembered
 from halton_meter.live.probes.supervisor import Plan, Supervisor
-from halton_meter.live.result import NO_LIMIT, RunLimit, RunResult
-from halton_meter.live.stopping import Stopper, identity
-from halton_meter.live.totals import Totals
+from halton_meter.live.result import RunResult
 from halton_meter.privileges import as_account
 
-SEARCH_S_MAX, SEARCH_PAUSE_S = 3.0, 0.02
 LINE_CHARACTERS_MAX = 2000
 
 
@@ -120,74 +116,6 @@ def run_command(argv: Sequence[str], environment: Mapping[str, str], plan: Plan)
     result = supervisor.finish()
     result.exit_code, result.held = code, held.last
     return result
-
-
-def run_watched(
-    argv: Sequence[str],
-    environment: Mapping[str, str],
-    account: Account,
-    control: Control,
-    limit: RunLimit = NO_LIMIT,
-) -> RunResult:
-    """Run one command that the service meters anyway, and ask the service about it at the end."""
-    Signals.block()
-    held = HeldCommand(control.tell)
-    held.begin()
-    control.on_news = held.take
-    command = Command(argv, account, environment)
-    try:
-        watched = {"max_usd": limit.max_usd, "at_limit": limit.at_limit} if limit.max_usd else {}
-        control.ask("watch", pid=command.pid, **watched)
-        _search(programs_ahead(argv, environment, account), control)
-        signals = Signals()
-    except BaseException:
-        command.abandon()
-        Signals.unblock()
-        raise
-    command.release()
-    started_ns = time.time_ns()
-    selector = selectors.DefaultSelector()
-    result = RunResult()
-
-    def on_news() -> None:
-        if not control.take_news():  # the service is gone; what it stopped stays so
-            selector.unregister(control)
-            held.lost(lambda: _end_alone(command.pid), limit.max_usd)
-
-    selector.register(control, selectors.EVENT_READ, on_news)
-    result.exit_code = attend(command, signals, selector, lambda: None, lambda: None, held)
-    try:
-        reply = control.ask("finish")
-        result.totals = Totals.of_json(reply.get("totals"))
-        result.coverage = list(reply.get("coverage", ()))
-        result.connections = Coverage.of_json(reply.get("connections"))
-        result.store_error = reply.get("store_error")
-        result.price_error = reply.get("price_error")
-    except (ServiceAbsent, ValueError):
-        result.outages.append((started_ns, time.time_ns(), "the service stopped during the run"))
-    result.held = held.last
-    return result
-
-
-def _end_alone(pid: int) -> None:
-    """End a command that is stopped, and what descends from it, where nobody else does."""
-    stopper = Stopper()
-    stopper.stop([identity(pid)])  # for its descendants
-    stopper.end()
-    stopper.close()
-
-
-def _search(programs: Sequence[str], control: Control) -> None:
-    """Wait a little while the service searches what the command may run."""
-    waiting = list(programs)
-    deadline = time.monotonic() + SEARCH_S_MAX
-    while waiting and time.monotonic() < deadline:
-        # One a request: they are short.
-        waiting = [
-            each for each in waiting if control.ask("search", programs=[each]).get("searching")
-        ]
-        if waiting:
-            time.sleep(SEARCH_PAUSE_S)
 
 
 def covers(status: Mapping[str, Any], uid: int) -> bool:

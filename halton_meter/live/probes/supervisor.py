@@ -17,7 +17,7 @@ import selectors
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from halton_meter.live.held import HeldCommand
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.losses import MESSAGES_REFUSED, Losses
 from halton_meter.live.outages import Downtime
-from halton_meter.live.probes.worker import COVERAGE_SHOWN_MAX, Job, stored_totals
+from halton_meter.live.probes.job import COVERAGE_SHOWN_MAX, Job
 from halton_meter.live.restarts import Restarts, cause_of_death
 from halton_meter.live.result import NO_LIMIT, RunLimit, RunResult
 from halton_meter.live.totals import Totals
@@ -82,7 +82,15 @@ class Plan:
         excluded = (os.getpid(),) if self.service else ()
         # What a user's command does as another user must stay hidden from the first.
         owner = None if self.service or self.account.uid == 0 else self.account.uid
-        return Scope(self.uids, self.roots, self.everyone, self.cgroup, excluded, owner)
+        return Scope(
+            self.uids,
+            self.roots,
+            self.everyone,
+            self.cgroup,
+            excluded,
+            owner,
+            reader=self.account.uid,
+        )
 
     def job(self, **fields: Any) -> Job:
         """The worker's job."""
@@ -291,11 +299,14 @@ class Supervisor:
 
     def _attend_helper(self) -> None:
         """Take the kernel objects that the helper hands over, or note its death."""
+        from capture.helper_process import let_paused_go_on
+
         if self._keeper.attend():
             return
         self.selector.unregister(self._keeper)
         self._keeper.close_channel()
         self._helper_runs = False
+        let_paused_go_on(self._keeper)
         self._helper_restarts.died()
         self._note_death("the capture helper died")
 
@@ -495,7 +506,7 @@ class Supervisor:
 
             home, ids = self._plan.home, self._uncertain
             try:
-                return stored_totals(home, ids, self._started_ns).as_json()
+                return _stored_totals(home, ids, self._started_ns).as_json()
             except StoreError as error:
                 raise ConfigError(str(error)) from None
 
@@ -519,3 +530,15 @@ def _problems(message: dict[str, Any]) -> list[Problem]:
     pairs = [each for each in found if isinstance(each, list)] if isinstance(found, list) else []
     texts = [untrusted.texts({"pair": pair}, "pair", 2, SAID_CHARACTERS_MAX) for pair in pairs]
     return [Problem(*pair) for pair in texts if len(pair) == 2] or [_UNKNOWN]
+
+
+def _stored_totals(home: Path, ids: Iterable[str], from_ns: int) -> Totals:
+    """What is in the store of these events, which are no older than `from_ns`."""
+    from halton_meter.store import NothingStored, Selection, Store
+
+    wanted, totals = frozenset(ids), Totals()
+    with contextlib.suppress(NothingStored), Store(home).reading() as reader:
+        for event in reader.events(Selection(from_ns=from_ns)):
+            if event.usage.id in wanted:
+                totals.add(event)
+    return totals

@@ -17,9 +17,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.lab import http3
 from tests.support.lab.answers import OTHER_HOSTS, PROVIDER_HOSTS
 from tests.support.lab.authority import server_context
-from tests.support.lab.server import Ledger, Server
+from tests.support.lab.server import Ledger, Server, said_by
 
 _MS_BIND = 0x1000
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -97,7 +98,9 @@ def _lay_out(folder: Path, paths: list[Path]) -> None:
 
 async def _run(folder: Path, paths: list[Path]) -> None:
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    server = Server(Ledger(folder / "ledger.jsonl"), server_context(folder))
+    ledger = Ledger(folder / "ledger.jsonl")
+    server = Server(ledger, server_context(folder))
+    await http3.listen(ledger, said_by, folder, 443)
     await server.listen(443)
     _lay_out(folder, paths)
     print("ready", flush=True)

@@ -43,8 +43,16 @@ class Recording:
     secrets: str
 
 
+@dataclass(slots=True)
+class GoingOn:
+    """What connections share that resume one another (TLS 1.2)."""
+
+    tls: tuple[ssl.SSLContext, ssl.SSLContext] | None = None
+    session: ssl.SSLSession | None = None
+
+
 @cache
-def _certificate() -> tuple[str, str]:
+def certificate() -> tuple[str, str]:
     """A throw-away certificate; nobody verifies it."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
@@ -81,7 +89,7 @@ def contexts(
 ) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     """(client's, server's) TLS contexts; `suites` narrows TLS 1.2's cipher suites."""
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(*_certificate())
+    server.load_cert_chain(*certificate())
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.verify_mode = ssl.CERT_NONE
@@ -150,17 +158,22 @@ def record(
     start_ns: int = BEGINNING_NS,
     close: str = "fin",
     mss: int = MSS_BYTES,
+    going_on: GoingOn | None = None,
 ) -> Recording:
     """Hold the conversation and return what a capture of it would contain.
 
-    `close` is "fin", "reset" or "none". `number` tells connections of one capture apart.
+    `close` is "fin", "reset" or "none". `number` tells connections of one capture apart. Those that
+    share `going_on` resume one another.
     """
     client_ip, server_ip = ("2001:db8::2", "2001:db8:1::10") if ipv6 else ("10.0.0.2", "192.0.2.10")
     flow = TcpFlow((client_ip, 40_000 + number), (server_ip, port), mss=mss)
     descriptor, keylog = tempfile.mkstemp(prefix="recorder-keys-")
     os.close(descriptor)
     try:
-        relay = _converse(host, steps, contexts(keylog, version, alpn, suites), flow, start_ns)
+        going_on = going_on or GoingOn()
+        going_on.tls = going_on.tls or contexts(keylog, version, alpn, suites)
+        going_on.tls[0].keylog_filename = keylog
+        relay = _converse(host, steps, going_on, flow, start_ns)
         secrets = Path(keylog).read_text()
     finally:
         os.unlink(keylog)
@@ -172,10 +185,12 @@ def record(
 def _converse(
     host: str,
     steps: Sequence[Step],
-    tls: tuple[ssl.SSLContext, ssl.SSLContext],
+    going_on: GoingOn,
     flow: TcpFlow,
     start_ns: int,
 ) -> _Relay:
+    assert going_on.tls is not None
+    tls = going_on.tls
     listener = socket.create_server(("127.0.0.1", 0))
     relay = _Relay(listener.getsockname()[1], flow, start_ns)
     relay.start()
@@ -188,8 +203,11 @@ def _converse(
     server_thread = threading.Thread(target=serve, daemon=True)
     server_thread.start()
     near = tls[0].wrap_socket(
-        socket.create_connection(("127.0.0.1", relay.port)), server_hostname=host
+        socket.create_connection(("127.0.0.1", relay.port)),
+        server_hostname=host,
+        session=going_on.session,
     )
+    going_on.session = near.session
     server_thread.join(60)
     far = accepted[0]
     for step in steps:

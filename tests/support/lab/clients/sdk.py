@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from typing import Any
 
@@ -255,8 +256,10 @@ async def websocket_async(n: int) -> None:
     session = shared(aiohttp.ClientSession)
     context = shared(ssl.create_default_context)
     url = "https://api.openai.com/v1/responses"
-    headers = {"authorization": "Bearer made-up"}
-    async with session.ws_connect(url, ssl=context, headers=headers, compress=15) as socket:
+    options = {"ssl": context, "headers": {"authorization": "Bearer made-up"}, "compress": 15}
+    # aiohttp reads no variable for a proxy of WebSockets but WSS_PROXY.
+    options["proxy"] = os.environ.get("HTTPS_PROXY")
+    async with session.ws_connect(url, **options) as socket:
         await socket.send_json({"type": "response.create", "model": "gpt-5", "input": prompt(n)})
         async for message in socket:
             event = json.loads(message.data)

@@ -1,0 +1,69 @@
+"""HTTP/3: a real client's packets, decrypted with the keys that it writes, and metered exactly."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.lab.conftest import CLIENTS, assert_metered, stored_events
+from tests.lab.test_key_log import home as home
+from tests.lab.test_key_log import run
+from tests.lab.test_key_log_service import KeyLogService
+from tests.lab.test_key_log_service import key_log as key_log
+from tests.support.lab.lab import Lab
+from tests.support.lab.scenario import Scenario
+
+pytestmark = pytest.mark.lab
+
+
+def client(count: int, scenario: Scenario, stream: bool = True) -> list[str]:
+    body = {
+        "model": "claude-sonnet-4-5",
+        "max_tokens": 64,
+        "stream": stream,
+        "messages": [{"role": "user", "content": scenario.marker}],
+    }
+    place = ["api.anthropic.com", "/v1/messages", str(count), json.dumps(body)]
+    return [sys.executable, str(CLIENTS / "http3.py"), *place]
+
+
+@pytest.mark.parametrize("update", ["0", "1"], ids=["", "a key update"])
+def test_requests_over_http3_are_metered_exactly(
+    lab: Lab, home: Path, project: Path, update: str
+) -> None:
+    skip = len(lab.ledger())
+    argv = ["env", f"KEY_UPDATE={update}", *client(6, Scenario(n=4, chunks=60))]
+    done, told = run(lab, home, *argv, project=project)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["200"] * 6
+    served, events = lab.ledger()[skip:], stored_events(lab, home / "data")
+    assert {entry["http"] for entry in served} == {"http/3"}
+    assert_metered(served, events, "keylog")
+    assert told["losses"] == {}
+    assert told["connections"]["metered"] == told["connections"]["seen"] == 1
+    assert {event["project"] for event in events} == {"acme"}
+    assert all("http3.py" in " ".join(event["argv"]) for event in events)
+
+
+def test_without_its_keys_the_connection_is_named(lab: Lab, home: Path) -> None:
+    elsewhere = home / "elsewhere.log"
+    argv = ["env", f"SSLKEYLOGFILE={elsewhere}", *client(1, Scenario(n=4), stream=False)]
+    done, told = run(lab, home, *argv)
+    assert done.returncode == 0, done.stderr
+    assert "no request was metered; what the command spent is not known" in done.stderr
+    assert "it wrote no TLS keys. Use: halton-meter run --via proxy" in done.stderr
+    assert told["connections"]["metered"] == 0
+    assert told["connections"]["seen"] == 1
+
+
+def test_the_service_meters_http3(lab: Lab, key_log: KeyLogService) -> None:
+    skip = len(lab.ledger())
+    key_log.client(*client(3, Scenario(n=2, chunks=20)))
+    events = key_log.events(3)
+    assert_metered(lab.ledger()[skip:], events, "keylog")
+    found = key_log.status()
+    assert found is not None
+    assert (found["losses"], found["outages"]) == ({}, [])
