@@ -23,7 +23,7 @@ from halton_meter.live.unmetered import CAUSES
 from tests.lab.conftest import CLIENTS, HALTON_METER, assert_metered, stored_events
 from tests.lab.real_clients.programs import BUN, CLAUDE, CODEX, GEMINI, NODE, OPENCODE, Program
 from tests.lab.real_clients.results import note
-from tests.lab.real_clients.table import EXACT
+from tests.lab.real_clients.table import CLIENT_SECONDS_MAX, EXACT
 from tests.lab.real_clients.test_chromium import FLAGS, FOLDER, PAGE, copied, trusted_key
 from tests.lab.real_clients.test_codex import EXEC, OWN_PROVIDER
 from tests.lab.real_clients.test_go import toolchain
@@ -53,7 +53,7 @@ def by_key_log(
     command = [*HALTON_METER, "run", "--via", "keylog", "--json-summary", str(summary), "--"]
     given = as_sudo(lab, home) | environment
     told_to = {name: value for name, value in given.items() if value is not None}
-    done = lab.run([*command, *argv], env=told_to, timeout_s=180)
+    done = lab.run([*command, *argv], env=told_to, timeout_s=CLIENT_SECONDS_MAX)
     assert done.returncode == 0, done.stderr
     served = [line for line in lab.ledger()[skip:] if line["state"] == "done"]
     told = json.loads(summary.read_text())
