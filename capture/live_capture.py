@@ -102,7 +102,13 @@ class LiveCapture:
         self._muted: OrderedDict[str, None] = OrderedDict()
         self._connections = TcpConnections(self.findings, self._keys, self._reader, wanted, live)
         self._quic = QuicConnections(
-            self._keys, wanted, udp_owner, self._ready.append, quic, self._pass_by
+            self._keys,
+            wanted,
+            udp_owner,
+            self._ready.append,
+            quic,
+            self._pass_by,
+            self._keep_quic,
         )
         self._reassembly = Reassembly(self._connections, self._quic.datagram)
         self.ended = False  # the sniffer, before it was asked to
@@ -165,7 +171,7 @@ class LiveCapture:
         self._quic.finish()
         found += self._ready
         self._ready.clear()
-        self.findings.decrypted = self._reader.decrypted
+        self.findings.decrypted = self._reader.decrypted + self._quic.read
         self._link.close()
         return found
 
@@ -225,6 +231,10 @@ class LiveCapture:
         if hello is not None and self._keeping is not None and isinstance(item, TlsChunk):
             key, random = hello
             self._keeping.keep(key, self._keys.lines_of(random))
+
+    def _keep_quic(self, addresses: bytes, random: bytes) -> None:
+        if self._keeping is not None:
+            self._keeping.keep(addresses, self._keys.lines_of(random))
 
     def _without_keys(self, connection: Connection) -> None:
         self._missing(connection, connection.peer or "")

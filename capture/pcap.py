@@ -25,10 +25,11 @@ from pathlib import Path
 from capture.packets.capfile import CaptureFile, Frame, NotACapture, secrets_in
 from capture.packets.input_files import UNPACK_RATIO_MAX
 from capture.packets.keylog import KeyLog, read_key_log
+from capture.packets.quic_connections import QuicConnections
 from capture.packets.records import Findings, TcpConnections
 from capture.packets.tcp import Reassembly
 from capture.packets.tshark import Decryptors, PrivateKeyLog, TsharkMissing, find_tshark
-from halton_meter.model import TlsChunk, TlsClosed
+from halton_meter.model import Source, TlsChunk, TlsClosed
 
 # Chunks decrypted but not yet taken.
 READY_MAX = 256
@@ -65,6 +66,8 @@ class PcapSource:
         self._decryptors = Decryptors(self._keys, self._private_path, self._ready.put)
         self._connections = TcpConnections(self.findings, self._keys, self._decryptors, wanted)
         self._reassembly: Reassembly | None = None
+        self._wanted = wanted
+        self._quic: QuicConnections | None = None
         self._stopping = False
         for path in keys:
             if (trouble := read_key_log(path, self._keys)) is not None:
@@ -179,14 +182,26 @@ class PcapSource:
             return
         self._finish_connections()
         self._connections.capture_begins()
-        self._reassembly = Reassembly(self._connections)
+        self._quic = QuicConnections(
+            self._keys,
+            self._wanted or (lambda host: True),
+            lambda client: None,
+            self._ready.put,
+            lambda process, host: None,
+            source=Source.PCAP,
+        )
+        self._reassembly = Reassembly(self._connections, self._quic.datagram)
 
     def _finish_connections(self) -> None:
         reassembly, self._reassembly = self._reassembly, None
-        if reassembly is None:
+        quic, self._quic = self._quic, None
+        if reassembly is None or quic is None:
             return
         reassembly.finish()
-        self.findings.quic += reassembly.quic_connections
+        quic.finish()
+        self.findings.decrypted += quic.read
+        self.findings.quic += max(0, reassembly.quic_connections - quic.read)
+        self.findings.losses.update(quic.losses)
         self.findings.losses.update(reassembly.losses)
         self.findings.unread_links.update(reassembly.unread)
         self.findings.last_ns = max(self.findings.last_ns, reassembly.at_ns)

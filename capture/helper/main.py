@@ -578,6 +578,7 @@ class Helper:
         statistics["files_over_limit"] = self.files.over_limit
         statistics["socket_table_full"] += self._sockets.overlooked
         statistics["files_forgotten"] = self.files.forgotten
+        statistics["pauses_given_up"] = self._pausing.given_up
         attached = [
             file for file in self.files.files.values() if file.probes and not file.is_linker
         ]
@@ -593,7 +594,6 @@ class Helper:
             "waits_for_searches": self._coverage.waits_for_searches(),
             "programs_unknown": self._programs_unknown,
             "refused": self._commands.refused + self._commands_refused,
-            "pauses_given_up": self._pausing.given_up,
             "rss_bytes": rss_bytes(),
         }
         if sums := self._sockets.take_sums():

@@ -22,6 +22,7 @@ FILE_BYTES_MAX = 2 << 30
 _RAW_IP, _NANOSECONDS = 101, 9
 _SECTION, _INTERFACE, _SECRETS, _PACKET = 0x0A0D0D0A, 1, 10, 6
 _TLS_KEY_LOG = 0x544C534B
+_TCP, _UDP = 6, 17
 _SYN, _ACK = 2, 16
 
 
@@ -148,17 +149,17 @@ class Keeping:
 
 
 def _key(packet: bytes) -> tuple[bytes, int] | None:
-    """(addresses and ports, TCP flags); None for what is no TCP."""
-    if len(packet) >= 40 and packet[0] >> 4 == 4 and packet[9] == 6:
-        addresses, at = packet[12:20], (packet[0] & 15) * 4
-    elif len(packet) >= 60 and packet[0] >> 4 == 6 and packet[6] == 6:
-        addresses, at = packet[8:40], 40
+    """(addresses and ports, TCP's flags, UDP has none); None for all else."""
+    if len(packet) >= 28 and packet[0] >> 4 == 4:
+        protocol, addresses, at = packet[9], packet[12:20], (packet[0] & 15) * 4
+    elif len(packet) >= 48 and packet[0] >> 4 == 6:
+        protocol, addresses, at = packet[6], packet[8:40], 40
     else:
         return None
-    if len(packet) < at + 20:
+    if protocol not in (_TCP, _UDP) or len(packet) < at + (20 if protocol == _TCP else 8):
         return None
     key = addresses + packet[at : at + 4]
-    return min(key, _reverse(key)), packet[at + 13]
+    return min(key, _reverse(key)), packet[at + 13] if protocol == _TCP else 0
 
 
 def _reverse(key: bytes) -> bytes:

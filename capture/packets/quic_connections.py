@@ -1,4 +1,4 @@
-"""QUIC connections to wanted hosts, as they pass: datagrams in, plaintext of HTTP out.
+"""QUIC connections to wanted hosts, live or recorded: datagrams in, plaintext of HTTP out.
 
 A connection is known by its addresses and ports; one that changes them is not followed. Its host
 and the name of its keys stand in the client's first packets (`quic.py`). What comes before the keys
@@ -34,6 +34,7 @@ _SECRETS = {
     Direction.SENT: "CLIENT_TRAFFIC_SECRET_0",
     Direction.RECEIVED: "SERVER_TRAFFIC_SECRET_0",
 }
+_SERVER_LABEL = _SECRETS[Direction.RECEIVED]
 _EARLY = "CLIENT_EARLY_TRAFFIC_SECRET"
 
 
@@ -58,11 +59,11 @@ class _Connection:
 
 
 class QuicConnections:
-    """Every QUIC connection of a live capture; `losses` counts by cause.
+    """Every QUIC connection of a capture; `losses` counts by cause.
 
     `wanted` says by host which ones are read, `owner` finds the process by the client's address,
     `give` takes what was said. `missing` is told of those that got no keys, `passed_by` how many
-    bytes of a server are not read.
+    bytes of a server are not read, `opened` of each that is read, by addresses and client random.
     """
 
     def __init__(
@@ -72,10 +73,14 @@ class QuicConnections:
         owner: Callable[[Address], Process | None],
         give: Callable[[TlsChunk | TlsClosed], None],
         missing: Callable[[Process | None, str], object],
-        passed_by: Callable[[str, int], None],
+        passed_by: Callable[[str, int], None] = lambda server, length: None,
+        opened: Callable[[bytes, bytes], None] = lambda addresses, client_random: None,
+        source: Source = Source.KEYLOG,
     ) -> None:
         self._keys, self._wanted, self._owner = keys, wanted, owner
         self._give, self._missing, self._passed_by = give, missing, passed_by
+        self._opened, self._source = opened, source
+        self.read = 0  # connections
         self._hellos = quic.QuicHellos()
         self._connections: OrderedDict[bytes, _Connection] = OrderedDict()  # by client, server
         self._waiting_bytes = 0
@@ -114,7 +119,8 @@ class QuicConnections:
                 self._waiting_bytes -= known.waiting_bytes
                 known.waiting_bytes = 0
                 for direction, payload, at_ns in waiting:
-                    self._read(key, known, direction, payload, at_ns)
+                    if self._connections.get(key) is known:  # else it has ended meanwhile
+                        self._read(key, known, direction, payload, at_ns)
 
     def expire(self, now_ns: int) -> None:
         """Give up what has waited for too long, or was silent for too long."""
@@ -143,6 +149,8 @@ class QuicConnections:
             return None
         if (before := self._connections.get(key)) is not None:  # the ports are used again
             self._end(key, before, before.latest_ns)
+        if self._source is Source.PCAP and not self._keys.secret(told.hello.random, _SERVER_LABEL):
+            return None  # what keys there are is known already
         ends = datagram.ends()
         process = self._owner(ends[0])
         made = _Connection(ends, told.hello.random, host, process, datagram.at_ns, told.version)
@@ -207,6 +215,7 @@ class QuicConnections:
     ) -> None:
         if not known.openers:
             self._open(known)
+            self._opened(key, known.client_random)
         for start, number_at, end, is_early in _packets(payload, known.id_bytes.get(direction)):
             opener = known.early if is_early else known.openers[direction]
             opened = None if opener is None else opener.open(payload, start, number_at, end)
@@ -235,7 +244,8 @@ class QuicConnections:
         known.early = None if early is None else PacketOpener(known.version, early)
         client, server = known.ends
         name = f"quic:{known.since_ns}:{client[0]}:{client[1]}-{server[0]}:{server[1]}"
-        connection = Connection(name, Source.KEYLOG, known.process, known.host, server[1])
+        self.read += 1
+        connection = Connection(name, self._source, known.process, known.host, server[1])
         known.connection = connection
 
         def give(direction: Direction, data: bytes, lost: int, at_ns: int) -> None:

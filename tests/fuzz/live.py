@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import socket
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -18,10 +19,14 @@ from capture.packets.quic import QuicHellos
 from halton_meter.model import Direction, TlsChunk
 from tests.capture.packets.test_pcap import BODY, HOST, REQUEST, recording
 from tests.capture.packets.test_quic import CRYPTO, packet
+from tests.capture.packets.test_quic_connections import TALKS
+from tests.capture.packets.test_quic_connections import Bench as Http3Bench
+from tests.capture.packets.test_quic_connections import recording as http3_recording
 from tests.fuzz import attack as driver
 from tests.fuzz.mutate import mutated
 
 ETHERNET_BYTES = 14
+HTTP3_SAID = b"".join(b"".join(talk.answered) for talk in TALKS)
 SAID = {Direction.SENT: REQUEST * 2, Direction.RECEIVED: BODY}
 
 
@@ -37,7 +42,23 @@ def _recorded(suite: str) -> tuple[list[bytes], bytes]:
     return [each.frame[ETHERNET_BYTES:] for each in given.packets], given.secrets.encode()
 
 
+def _http3(dice: random.Random) -> None:
+    """Datagrams of a conversation over HTTP/3, damaged: what is read was said."""
+    bench = Http3Bench()
+    bench.learn(http3_recording().secrets)
+    for each in http3_recording().datagrams:
+        if dice.random() < 0.97:
+            data = mutated(dice, each.data, 2) if dice.random() < 0.05 else each.data
+            bench.play([replace(each, data=data)])
+    for exchange in bench.exchanges():
+        for piece in exchange.response.body.pieces:
+            assert piece in HTTP3_SAID, "something was read that nobody said"
+
+
 def _case(dice: random.Random) -> None:
+    if dice.random() < 0.1:
+        _http3(dice)
+        return
     if dice.random() < 0.3:
         _quic(dice)
         return
@@ -70,5 +91,5 @@ def _quic(dice: random.Random) -> None:
     for number in range(dice.randint(1, 20)):
         made = packet(CRYPTO, number, dice.choice((1, 0x6B3343CF)), token=dice.randbytes(9))
         data = mutated(dice, made) if dice.random() < 0.8 else dice.randbytes(dice.randint(0, 1500))
-        told = hellos.datagram(bytes((dice.randrange(3),)), data)
-        assert told in (None, "example.com")
+        told = hellos.hello(bytes((dice.randrange(3),)), data)
+        assert told is None or told.hello.server_name in (None, "example.com")

@@ -176,7 +176,7 @@ def test_it_goes_on_when_the_reader_says_nothing(bench: Bench, source: UprobeSou
     client.say()
     assert client.line() == b"done\n"
     source.request_report()
-    assert source._report["pauses_given_up"] == 1
+    assert source.status().counted["pauses_given_up"] == 1
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.conftest import CLIENTS, assert_metered, stored_events
+from tests.lab.conftest import CLIENTS, HALTON_METER, assert_metered, stored_events
+from tests.lab.test_key_log import as_sudo, by_id, run
 from tests.lab.test_key_log import home as home
-from tests.lab.test_key_log import run
 from tests.lab.test_key_log_service import KeyLogService
 from tests.lab.test_key_log_service import key_log as key_log
 from tests.support.lab.lab import Lab
@@ -59,6 +59,24 @@ def test_without_its_keys_the_connection_is_named(lab: Lab, home: Path) -> None:
     assert told["connections"]["seen"] == 1
 
 
+def test_a_recording_has_http3_and_replays(lab: Lab, home: Path) -> None:
+    skip = len(lab.ledger())
+    file = home / "recorded.pcapng"
+    command = [*HALTON_METER, "record", str(file), "--", *client(3, Scenario(n=4, chunks=60))]
+    done = lab.run(command, env=as_sudo(lab, home))
+    assert done.returncode == 0, done.stderr
+    assert "recorded: 1 connection" in done.stderr
+    metered = stored_events(lab, home / "data")
+    replay = [*HALTON_METER, "replay", "--json", str(file)]
+    said = lab.run(replay, user=lab.user, env=as_sudo(lab, home))
+    assert said.returncode == 0, said.stderr
+    assert "not read" not in said.stderr
+    events = [json.loads(line) for line in said.stdout.splitlines()]
+    assert_metered(lab.ledger()[skip:], events, "pcap")
+    same = ("id", "tokens", "list_usd", "outcome", "ttft_ms", "duration_ms")
+    assert by_id(events, same) == by_id(metered, same)
+
+
 def test_the_service_meters_http3(lab: Lab, key_log: KeyLogService) -> None:
     skip = len(lab.ledger())
     key_log.client(*client(3, Scenario(n=2, chunks=20)))
@@ -67,3 +85,4 @@ def test_the_service_meters_http3(lab: Lab, key_log: KeyLogService) -> None:
     found = key_log.status()
     assert found is not None
     assert (found["losses"], found["outages"]) == ({}, [])
+    assert all("http3.py" in " ".join(event["argv"] or ()) for event in events)

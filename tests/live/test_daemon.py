@@ -397,6 +397,7 @@ class FakeSource:
             libraries=(),
             losses={"ring": 3, "none": 0},
             events_lost={},
+            counted={},
             rss_bytes=None,
             waits_for_searches=False,
         )

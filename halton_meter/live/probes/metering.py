@@ -683,7 +683,7 @@ class Metering:
         # A restart that lost nothing is reported, and is no trouble.
         lossless = not self._restarts or not (outages or +losses)
         well = status.is_well(metered) and lossless and linked and not self._config_error
-        well = well and self._holding.trouble is None
+        well = well and self._budget_error() is None
         answer = status.status(
             health=status.OK if well else status.DEGRADED,
             source="uprobes",
@@ -704,7 +704,7 @@ class Metering:
         return {
             **answer,
             "config_error": self._config_error,
-            "budget_error": self._holding.trouble,
+            "budget_error": self._budget_error(),
             "scope": self._job.scope,
             "loader": helper.loader,
             "probes": helper.probes,
@@ -714,6 +714,13 @@ class Metering:
             "coverage": self._coverage(),
             "connections": self._connections_of(self._connections).as_json(),
         }
+
+    def _budget_error(self) -> str | None:
+        """Why a limit is not kept, or may have been passed; None where all hold."""
+        given_up = self._source.status().counted.get("pauses_given_up", 0)
+        if self._holding.trouble is None and given_up:
+            return f"requests near a limit that were sent before it was counted: {given_up:,}"
+        return self._holding.trouble
 
     def _lost(self) -> dict[str, dict[str, int]]:
         """What this process has lost, and what the capture has since it began."""

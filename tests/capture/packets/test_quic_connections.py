@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -19,9 +20,11 @@ from capture.packets.keylog import KeyLog
 from capture.packets.quic_connections import QuicConnections
 from capture.packets.quic_packets import frames
 from capture.packets.tcp import Datagram
-from halton_meter.model import Direction, Exchange, Outcome, Process, TlsChunk, TlsClosed
+from capture.pcap import PcapSource
+from halton_meter.model import Direction, Exchange, Outcome, Process, Source, TlsChunk, TlsClosed
 from halton_meter.wire.conversation import Conversation, Interest
 from tests.support.quick import first
+from tests.support.recorder.packets import Packet, pcapng
 from tests.support.recorder.quic import CLIENT, SERVER, SUITES, Recording, Sent, Talk, record
 
 HOST = "api.anthropic.com"
@@ -130,6 +133,19 @@ def test_version_2_and_key_updates_are_followed() -> None:
         exact(bench)
 
 
+@pytest.mark.parametrize("when", ["keys first", "keys last"])
+def test_nothing_is_given_behind_the_end(when: str) -> None:
+    """Datagrams of the other side may be under way when a connection is closed."""
+    given, bench = recording(), Bench()
+    if when == "keys first":
+        bench.learn(given.secrets)
+    of_server = [each for each in given.datagrams if not each.from_client]
+    bench.play([*given.datagrams, *of_server[-3:]])
+    bench.learn(given.secrets)
+    exact(bench)
+    assert [type(item) for item in bench.items].index(TlsClosed) == len(bench.items) - 1
+
+
 def test_what_is_said_is_given_at_once() -> None:
     given, bench = recording(), Bench()
     bench.learn(given.secrets)
@@ -223,6 +239,32 @@ def test_spoilt_datagrams_never_raise_and_say_nothing_that_nobody_said(seed: int
     said = b"".join(b"".join(talk.answered) for talk in TALKS)
     for exchange in bench.exchanges():
         assert all(piece in said for piece in exchange.response.body.pieces)
+
+
+def frame_of(sent: Sent) -> Packet:
+    """A datagram as Ethernet carries it."""
+    near, far = (CLIENT, SERVER) if sent.from_client else (SERVER, CLIENT)
+    ports = near[1].to_bytes(2) + far[1].to_bytes(2)
+    udp = ports + (len(sent.data) + 8).to_bytes(2) + bytes(2) + sent.data
+    ip = b"\x45\0" + (len(udp) + 20).to_bytes(2) + bytes(4) + b"\x40\x11\0\0"
+    ip += socket.inet_aton(near[0]) + socket.inet_aton(far[0])
+    return Packet(sent.at_ns, bytes(12) + b"\x08\0" + ip + udp, sent.from_client, len(sent.data))
+
+
+def test_a_recorded_capture_is_read_the_same(tmp_path: Path) -> None:
+    """Beside one whose keys are not there, which is counted."""
+    given, other, bench = recording(), recording("aes256"), Bench()
+    elsewhere = [replace(frame_of(each), at_ns=each.at_ns + 10**12) for each in other.datagrams]
+    path = tmp_path / "capture.pcapng"
+    path.write_bytes(pcapng([*map(frame_of, given.datagrams), *elsewhere], given.secrets))
+    source = PcapSource([path])
+    bench.items += source.items()
+    assert {item.connection.source for item in bench.items} == {Source.PCAP}
+    assert [
+        (each.request.body.joined(), each.response.body.joined()) for each in bench.exchanges()
+    ] == [(talk.asked, b"".join(talk.answered)) for talk in TALKS]
+    assert source.findings.decrypted == 1
+    assert source.findings.losses == {}
 
 
 @given(st.binary(max_size=300))

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -231,15 +230,9 @@ def test_java_http_client(lab: Lab, home: Path) -> None:
     note("Java HttpClient", version[1], "JSSE", "key log", result)
 
 
-# Takes what comes and answers nothing, so that a client goes on sending its hello.
-SILENT = """
-import socket
-with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
-    server.bind(("127.0.0.1", 443))
-    print("listens", flush=True)
-    while True:
-        server.recv(65535)
-"""
+# Over QUIC to this host from its first request on.
+QUIC_FLAGS = [flag for flag in FLAGS if flag != "--disable-quic"]
+QUIC_FLAGS += ["--enable-quic", "--origin-to-force-quic-on=api.anthropic.com:443"]
 
 
 def chromium_argv(lab: Lab, home: Path, flags: Sequence[str]) -> list[str]:
@@ -260,22 +253,29 @@ def _copy(lab: Lab) -> Path:
 
 
 @NEEDS_CHROMIUM
-def test_chromium_s_quic_is_counted_by_host_and_program(lab: Lab, home: Path) -> None:
+def test_chromium_s_http3_is_metered(lab: Lab, home: Path) -> None:
     """Its hello is cut over several packets, in pieces of no order."""
-    flags = [flag for flag in FLAGS if flag != "--disable-quic"]
-    flags += ["--enable-quic", "--origin-to-force-quic-on=api.anthropic.com:443"]
-    server = lab.popen([sys.executable, "-c", SILENT], stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        assert server.stdout.readline() == "listens\n"
-        done, told = run(lab, home, *chromium_argv(lab, home, flags))
-    finally:
-        server.kill()
-        server.wait()
-    [quic] = [row for row in told["unmetered"] if row["cause"] == "quic"]
-    assert (quic["host"], quic["program"].rpartition("/")[2]) == ("api.anthropic.com", "chromium")
-    assert "to api.anthropic.com" in done.stderr
-    assert "QUIC (HTTP/3) is not metered. Use: halton-meter run --via proxy" in done.stderr
+    skip = len(lab.ledger())
+    done, told = run(lab, home, *chromium_argv(lab, home, QUIC_FLAGS))
+    assert done.returncode == 0, done.stderr
+    assert html.unescape(done.stdout).count("<200>") == 6
+    served = lab.ledger()[skip:]
+    assert "http/3" in {line["http"] for line in served}
+    events = stored_events(lab, home / "data")
+    assert_metered(served, events, "keylog")
+    assert {event["process"].rpartition("/")[2] for event in events} == {"chromium"}
+    assert told["losses"] == {}
+
+
+@NEEDS_CHROMIUM
+def test_chromium_s_http3_without_keys_is_named(lab: Lab, home: Path) -> None:
+    keyless = ["env", "-u", "SSLKEYLOGFILE", *chromium_argv(lab, home, QUIC_FLAGS)]
+    done, told = run(lab, home, *keyless)
+    assert done.returncode == 0, done.stderr
+    # Its process may have ended before it is looked for.
+    found = {(row["host"], row["cause"]) for row in told["unmetered"]}
+    assert found == {("api.anthropic.com", "no_keys")}
+    assert told["connections"]["metered"] == 0
 
 
 @NEEDS_CHROMIUM

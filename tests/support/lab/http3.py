@@ -37,9 +37,11 @@ class Http3(QuicConnectionProtocol):
             if isinstance(each, HeadersReceived):
                 headers = {name.decode(): value.decode() for name, value in each.headers}
                 self._requests[each.stream_id] = headers, bytearray()
-            elif isinstance(each, DataReceived):
+            elif not isinstance(each, DataReceived) or each.stream_id not in self._requests:
+                continue  # an end that is told twice
+            else:
                 self._requests[each.stream_id][1].extend(each.data)
-            if isinstance(each, HeadersReceived | DataReceived) and each.stream_ended:
+            if each.stream_ended:
                 headers, body = self._requests.pop(each.stream_id)
                 task = asyncio.create_task(self._answer(each.stream_id, headers, bytes(body)))
                 self._tasks.add(task)
