@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from halton_meter.live.unmetered import CAUSES
+from tests.lab.real_clients.results import WAYS
+from tests.lab.real_clients.table import EXACT, TABLE, Client
+
 ROOT = Path(__file__).resolve().parents[1]
 _spec = importlib.util.spec_from_file_location("client_table", ROOT / "tools" / "client_table.py")
 assert _spec is not None
@@ -25,6 +29,17 @@ def test_the_document_shows_the_committed_results() -> None:
     made = tool.table(json.loads(tool.RESULTS.read_text()))
     text = tool.DOCUMENT.read_text()
     assert tool.with_table(text, made) == text, "run: python tools/client_table.py"
+
+
+@pytest.mark.parametrize("client", TABLE, ids=str)
+def test_the_results_are_those_that_the_table_of_clients_expects(client: Client) -> None:
+    """In each way that was tried: `test_table.py` fails where a client does otherwise."""
+    kept = [each for each in json.loads(tool.RESULTS.read_text()) if each["client"] == client.name]
+    expected = (client.uprobes, client.key_log, client.proxy)
+    for way, cause in zip(WAYS, expected, strict=True):
+        found = {each["result"] for each in kept if each["way"] == way}
+        if cause:
+            assert found <= {EXACT if cause == EXACT else f"named: {CAUSES[cause]}"}, way
 
 
 def test_versions_of_a_client_share_a_line() -> None:

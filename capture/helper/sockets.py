@@ -373,9 +373,9 @@ class Sockets:
 
         What a search is under way for waits: till then `open_sums` has it.
         """
-        for (pid, born_ns), known in [*self._processes.items()]:
-            if known.ended:
-                self._settle(known)
+        for (pid, born_ns), known in self._processes.items():
+            # Without taking news: what they tell of would be open and ended in one report.
+            self._judge_ended(known, self._states(known))
             if known.older and not os.path.exists(f"/proc/{pid}"):
                 self._add_older(pid, born_ns, known)
                 known.older.clear()

@@ -269,6 +269,7 @@ def test_an_end_that_waits_in_the_ring_is_taken_before_the_report(place: Place) 
     place.ends(2, other)
     del place.table.values[(1).to_bytes(8, "little")]
     place.sockets.take_news = lambda: place.ends(1, metered)
+    assert place.open() == [(*NOT_PROBED, 1)]
     assert place.sums() == [(*METERED, 1), (*NOT_PROBED, 1)]
 
 

@@ -22,7 +22,7 @@ from halton_meter.live.unmetered import CAUSES
 from tests.lab.conftest import CLIENTS, HALTON_METER, assert_metered, stored_events
 from tests.lab.real_clients.programs import BUN, CLAUDE, CODEX, GEMINI, NODE, OPENCODE, Program
 from tests.lab.real_clients.results import note
-from tests.lab.real_clients.table import EXACT
+from tests.lab.real_clients.table import CLIENT_SECONDS_MAX, EXACT
 from tests.lab.real_clients.test_chromium import FLAGS, FOLDER, PAGE, copied, trusted_key
 from tests.lab.real_clients.test_codex import EXEC, OWN_PROVIDER
 from tests.lab.real_clients.test_go import toolchain
@@ -52,7 +52,7 @@ def by_key_log(
     command = [*HALTON_METER, "run", "--via", "keylog", "--json-summary", str(summary), "--"]
     given = as_sudo(lab, home) | environment
     told_to = {name: value for name, value in given.items() if value is not None}
-    done = lab.run([*command, *argv], env=told_to, timeout_s=180)
+    done = lab.run([*command, *argv], env=told_to, timeout_s=CLIENT_SECONDS_MAX)
     assert done.returncode == 0, done.stderr
     served = [line for line in lab.ledger()[skip:] if line["state"] == "done"]
     told = json.loads(summary.read_text())
@@ -138,7 +138,7 @@ def test_node(
 def test_gemini_prompt(lab: Lab, home: Path, program: Program) -> None:
     gemini = installed_with_all(lab, program, 1)
     command = ["node", str(gemini), "--skip-trust", "--model", "gemini-2.5-flash"]
-    result = by_key_log(lab, home, [*command, "-p", "say lab[n=5&chunks=6]"])
+    result = by_key_log(lab, home, [*command, "-p", "say lab[n=5&chunks=6]"], NO_KEYS)
     note("Gemini CLI", program.version, "OpenSSL in Node", "key log", result)
 
 

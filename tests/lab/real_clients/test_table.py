@@ -15,7 +15,7 @@ from halton_meter.live.unmetered import CAUSES
 from tests.lab.conftest import CLIENTS, HALTON_METER, assert_metered, stored_events
 from tests.lab.real_clients.programs import Unavailable
 from tests.lab.real_clients.results import WAYS, note
-from tests.lab.real_clients.table import EXACT, TABLE, Client, installed
+from tests.lab.real_clients.table import CLIENT_SECONDS_MAX, EXACT, TABLE, Client, installed
 from tests.lab.test_clients import anthropic_body
 from tests.lab.test_run import as_sudo
 from tests.support.lab.lab import Lab
@@ -53,7 +53,7 @@ def test_client(lab: Lab, home: Path, client: Client, way: str) -> None:
     if way == "proxy":
         mine = lab.environment(HALTON_METER_HOME=str(home), **variables)
         who = {"env": mine, "user": lab.user}
-    done = lab.run([*argv, "bash", "-c", client.script], **who, timeout_s=180)
+    done = lab.run([*argv, "bash", "-c", client.script], **who, timeout_s=CLIENT_SECONDS_MAX)
     assert done.returncode == 0, done.stderr
     served, events = lab.ledger()[skip:], stored_events(lab, home, missing_ok=True)
     told = json.loads(summary.read_text())
