@@ -334,17 +334,15 @@ def test_a_process_is_asked_first_once_its_answers_may_come_to_the_limit(
     holding.close()
 
 
-def test_budgets_ask_whom_they_cover_and_nobody_would_miss(
-    home: Path, spenders: list[subprocess.Popen[bytes]]
-) -> None:
+def test_budgets_ask_whom_they_cover_and_nobody_would_miss(home: Path) -> None:
     (home / "config.toml").write_text(BUDGET + 'project = "web"\n')
-    one, _ = spenders
     holding = worker(home)
-    # In our own group, which is a shell's job: the shell would take notice.
-    holding.on_answer(asks(holding, 1, one, "11"))
-    assert holding.asking == {}
+    job = subprocess.Popen(["sleep", "1000"], process_group=0)
     alone = subprocess.Popen(["sleep", "1000"], start_new_session=True)
     try:
+        # In a group of its own, as a shell's job is: the shell would take notice.
+        holding.on_answer(asks(holding, 1, job, "11"))
+        assert holding.asking == {}
         holding.on_answer(asks(holding, 2, alone, "9"))
         assert holding.asking == {}
         holding.on_answer(asks(holding, 3, alone, "10"))
@@ -352,8 +350,9 @@ def test_budgets_ask_whom_they_cover_and_nobody_would_miss(
         holding.keep([answer(1, "10", alone)])
         assert not holding.goes_on(alone.pid)
     finally:
-        alone.kill()
-        alone.wait()
+        for each in (job, alone):
+            each.kill()
+            each.wait()
         holding.close()
 
 

@@ -89,7 +89,7 @@ class Talk:
 
     def rows(self, looks: InFlight | None = None, after_s: float = 2) -> list[dict[str, Any]]:
         at_ns = self.at_ns + int(after_s * 1e9)
-        answer = (looks or InFlight(self.meter)).answer(self.meter.under_way(), at_ns)
+        answer = (looks or InFlight(self.meter, lambda: 0.0)).answer(self.meter.under_way(), at_ns)
         rows: list[dict[str, Any]] = answer["rows"]
         return rows
 
@@ -114,7 +114,7 @@ def test_what_an_answer_has_stated_is_exact_and_its_text_an_estimate() -> None:
     talk = Talk()
     talk.ask()
     talk.answer(BEGUN, delta(SECRET), first=True)
-    looks = InFlight(talk.meter)
+    looks = InFlight(talk.meter, lambda: 0.0)
     [row] = talk.rows(looks)
     assert row["state"] == "answering"
     tokens = {name: number for name, number in row["tokens"].items() if number is not None}
@@ -153,7 +153,7 @@ def test_nothing_of_what_was_said_leaves() -> None:
     talk = Talk()
     talk.ask()
     talk.answer(BEGUN, delta(SECRET), first=True)
-    answer = InFlight(talk.meter).answer(talk.meter.under_way(), NOW_NS)
+    answer = InFlight(talk.meter, lambda: 0.0).answer(talk.meter.under_way(), NOW_NS)
     assert SECRET not in json.dumps(answer)
     assert "claude" in json.dumps(answer)
 
@@ -161,7 +161,7 @@ def test_nothing_of_what_was_said_leaves() -> None:
 def test_it_is_gone_once_it_has_ended_and_the_next_of_the_connection_is_another() -> None:
     talk, looks = Talk(), None
     talk.ask()
-    looks = InFlight(talk.meter)
+    looks = InFlight(talk.meter, lambda: 0.0)
     [first] = talk.rows(looks)
     talk.answer(BEGUN, {"type": "message_stop"}, first=True)
     talk.say("c1", Direction.RECEIVED, b"0\r\n\r\n")
@@ -263,7 +263,7 @@ def test_more_requests_than_rows_are_counted() -> None:
     for number in range(ROWS_MAX + 7):
         talk.at_ns = NOW_NS + number
         talk.ask(f"c{number}")
-    answer = InFlight(talk.meter).answer(talk.meter.under_way(), NOW_NS)
+    answer = InFlight(talk.meter, lambda: 0.0).answer(talk.meter.under_way(), NOW_NS)
     assert (len(answer["rows"]), answer["more"]) == (ROWS_MAX, 7)
     assert answer["rows"][0]["started_ns"] == NOW_NS
     rows, more = rows_of(json.loads(json.dumps(answer)))
@@ -273,7 +273,7 @@ def test_more_requests_than_rows_are_counted() -> None:
 def test_for_sums_what_goes_on_is_an_event() -> None:
     talk = Talk()
     talk.ask()
-    [event] = InFlight(talk.meter).events(talk.meter.under_way(), NOW_NS)
+    [event] = InFlight(talk.meter, lambda: 0.0).events(talk.meter.under_way(), NOW_NS)
     assert event.list_usd == Decimal("0.001105")
     assert event.usage.project == "web"
 
