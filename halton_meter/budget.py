@@ -7,7 +7,6 @@ only.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -89,6 +88,8 @@ class Budget:
     @property
     def fingerprint(self) -> str:
         """What its sums depend on; limits, thresholds and actions change without them."""
+        import hashlib  # loads OpenSSL: a report does without
+
         scope = sorted((name, tuple(globs)) for name, globs in self.scope.items())
         text = repr((self.per, scope, self.each, self.counts))
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

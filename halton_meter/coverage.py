@@ -12,10 +12,12 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halton_meter.untrusted import COUNT_MAX, printable
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 PARTS_MAX = 500
 TEXT_CHARACTERS_MAX = 300
@@ -156,11 +158,15 @@ def _whole(found: Any) -> int:
 
 def connections_ratio(coverage: Coverage) -> Fraction | None:
     """Metered of seen connections; None when none was seen."""
+    from fractions import Fraction
+
     seen = coverage.seen.connections
     return Fraction(coverage.metered.connections, seen) if seen else None
 
 
 def bytes_ratio(coverage: Coverage) -> Fraction | None:
     """The same of bytes; None when none was seen, or they are not known."""
+    from fractions import Fraction
+
     seen, metered = coverage.seen.bytes, coverage.metered.bytes
     return Fraction(metered, seen) if seen and metered is not None else None

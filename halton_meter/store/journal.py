@@ -13,7 +13,6 @@ the lines around it are kept. Who moves segments into the database: `intake.py`.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import os
 import stat
@@ -361,6 +360,8 @@ def coverage_line(row_id: str, hour_ns: int, part: Part, count: Count) -> bytes:
 
 def coverage_id(key: str, hour_ns: int, part: Part) -> str:
     """The id of one part of one hour, as one process counts it."""
+    import hashlib  # loads OpenSSL: a report does without
+
     digest = hashlib.blake2b(repr(part).encode(), digest_size=8).hexdigest()
     return f"{key}:{hour_ns}:{digest}"
 

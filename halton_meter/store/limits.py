@@ -10,7 +10,6 @@ Readings are kept for `KEPT_DAYS` before the newest one.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -110,6 +109,8 @@ def _differs(before: LimitReading, after: LimitReading) -> bool:
 
 
 def _row(stored: Stored) -> dict[str, Any]:
+    import hashlib  # loads OpenSSL: a report does without
+
     reading = stored.reading
     named = f"{stored.event_id} {reading.window} {reading.model or ''}"
     return {
