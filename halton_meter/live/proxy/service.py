@@ -128,6 +128,7 @@ class ProxyService:
         self._restarts = Restarts()
         self._downtime = Downtime()  # in which provider hosts are not metered
         self._was_ready = False
+        self._is_replaced = False  # the worker was asked to end, for the next one
         self._bypassed_now = 0
         self._unreported: Counter[str] = Counter()
         self._pings_missed = 0
@@ -260,6 +261,7 @@ class ProxyService:
     async def _live(self) -> int:
         """One worker's life; its exit code."""
         self._state, self._port, self._cause, self._pings_missed = "starting", None, None, 0
+        self._is_replaced = False
         process = self._process = await asyncio.create_subprocess_exec(
             *own_code.python("halton_meter.live.proxy.worker"),
             stdin=subprocess.PIPE,
@@ -543,6 +545,7 @@ class ProxyService:
         self.job = job
         self.edge.hosts, self.edge.upstream = HostSet(provider_hosts(job.extra_hosts)), job.upstream
         self._cause = "the configuration was corrected"
+        self._is_replaced = True
         self._send({"finish": True})
 
     def _feel_pulse(self) -> None:
@@ -624,7 +627,8 @@ class ProxyService:
         ]
         usable = self._accepted is None or bool(self._accepted)
         metered = vocabulary.Metered(**{name: worker.get(name) for name in vocabulary.METERED})  # type: ignore[typeddict-item]
-        ok = self._state == "ready" and usable and vocabulary.is_well(metered)
+        ok = self._state == "ready" and not self._is_replaced
+        ok = ok and usable and vocabulary.is_well(metered)
         ok = ok and not self.job.config_error
         trouble = self._cause or self._downtime.cause if self._state != "ready" else None
         answer = vocabulary.status(
