@@ -173,7 +173,7 @@ class UprobeSource:
 
     # --- life ---------------------------------------------------------------------------------
 
-    def start(self, timeout_s: float = 30.0) -> None:
+    def start(self, timeout_s: float = 120.0) -> None:
         """Return when every library known so far is attached. Raises Unavailable."""
         if self._link is None:
             if problems := check_environment():
@@ -212,7 +212,7 @@ class UprobeSource:
         """Whether there is a helper; while there is none, the kernel's ring takes what comes."""
         return self._link is not None
 
-    def resume(self, link: socket.socket, timeout_s: float = 30.0) -> None:
+    def resume(self, link: socket.socket, timeout_s: float = 120.0) -> None:
         """Go on at the next helper, where the last one ended. Raises Unavailable."""
         self._lose_link()
         self._link = link

@@ -31,7 +31,7 @@ from halton_meter.problem import Problem
 if TYPE_CHECKING:
     from halton_meter.accounts import Account
 
-START_S_MAX = 60.0  # it takes 1 s; a machine may be very busy
+START_S_MAX = 180.0  # it takes 1 s; a machine may be very busy
 PROBLEM_CHARACTERS_MAX = 1000
 EXAMPLES = """
     \b
