@@ -185,6 +185,12 @@ def _shape(paths: Paths, number: int, state: State) -> _Shape | None:
         if not is_read and not _is_kept(paths, state, number_at, receive_at.at):
             return None
     message, result = state.register(abi.message), state.register(abi.result)
+    stack = state.register(abi.stack)
+    if any(
+        each.root == stack.root and each.plus < stack.plus
+        for each in (Value(*box_at), message, result)
+    ):
+        return None  # below the frame: the call itself writes there
     return _Shape(sends, Value(box_at.root), box_at.at, number_value, is_read, message, result)
 
 

@@ -8,6 +8,7 @@ Real builds run in the lab: `tests/lab/real_clients/test_rustls_found.py`.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -283,6 +284,24 @@ def test_where_other_code_comes_in_nothing_is_certain(compiler: str, variant: st
         else:
             assert what_is_wrong(copy, functions, answer) is None
     assert refused
+
+
+@pytest.mark.parametrize("compiler", [each for each in ("clang", "gcc") if each in AVAILABLE])
+def test_what_a_call_overwrites_is_not_taken_for_what_is_sent(compiler: str) -> None:
+    """Of each instruction that makes a frame or an address in it: above or below what is ours."""
+    path, original, places, functions = subject(compiler, dict(ALTERED)[compiler])
+    copy = path.with_name("overwritten")
+    code = original[places[0].start : places[0].stop]
+    # sub rsp, n; lea register, [rsp + n]
+    found = [*re.finditer(rb"\x48\x83\xec(.)|[\x48\x4c]\x8d[\x44-\x7c]\x24(.)", code, re.DOTALL)]
+    assert len(found) > 4
+    for match in found:
+        at = places[0].start + match.end() - 1
+        for wrong in (0x80, 0xB9, 0xD1, 0xF8):
+            copy.write_bytes(original[:at] + bytes((wrong,)) + original[at + 1 :])
+            for answer in find_rustls(copy):
+                if isinstance(answer, Found):
+                    assert what_is_wrong(copy, functions, answer) is None
 
 
 @pytest.mark.skipif(not shutil.which("gcc"), reason="needs GCC, which splits functions")
