@@ -15,10 +15,11 @@ import pytest
 from capture import helper_process
 from capture.helper.handover import Keeper
 from capture.helper_process import Scope, link_to, spawn_helper
+from capture.helper_report import Connections
 from capture.uprobes import UprobeSource
 from halton_meter.model import TlsChunk, TlsClosed
 from tests.kernel.conftest import CLIENTS, PROVIDER, Bench, Client, gather, same_bytes
-from tests.support.waiting import is_readable
+from tests.support.waiting import is_readable, wait_until
 
 
 class Relay:
@@ -281,9 +282,15 @@ def test_connections_are_counted_once_though_helpers_die(relay: Relay, bench: Be
     assert open_all_the_while.process.stdin is not None
     open_all_the_while.process.stdin.close()
     open_all_the_while.process.wait()
-    relay.read()
-    relay.reader.request_report()
-    ended = relay.reader.ended_connections()
+    ended: list[Connections] = []
+
+    def none_is_open() -> bool:
+        """Once the server has closed, too: until then the kernel keeps a connection."""
+        relay.read()
+        relay.reader.request_report()
+        ended.extend(relay.reader.ended_connections())
+        return relay.reader.open_connections() == []
+
+    wait_until(none_is_open, "the end of all")
     assert {each.cause for each in ended} == {None}
     assert sum(each.connections for each in ended) == 4
-    assert relay.reader.open_connections() == []
