@@ -168,6 +168,6 @@ def test_a_gate_that_fails_lets_pass(
     monkeypatch.setattr(gate, "judge", fails)
     server = origin(answering)
     assert place.ask(server.port, request(b'{"model":"dear"}')).endswith(b"{}")
-    place.exchange()
+    delivered(place, b'{"model":"dear"}')
     addon = place.session._addon
     assert addon.losses.pop("addon_RuntimeError") == 1
