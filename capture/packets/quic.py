@@ -17,9 +17,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.hmac import HMAC
-from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-from capture.packets.tls import ClientHello, client_hello
+from capture.packets.tls import ClientHello, client_hello, expand_label
 
 CONNECTIONS_MAX = 4_096
 # Datagrams of one connection that are looked at: a hello with post-quantum shares takes two.
@@ -54,17 +53,11 @@ def initial_keys(version: Version, connection_id: bytes) -> InitialKeys:
     """By the destination connection id of the client's first packet."""
     extract = HMAC(version.salt, SHA256())
     extract.update(connection_id)
-    secret = _expand(extract.finalize(), b"client in", 32)
+    secret = expand_label(extract.finalize(), b"client in", 32)
     names = ((b"key", 16), (b"iv", 12), (b"hp", 16))
     return InitialKeys(
-        *(_expand(secret, version.label + b" " + name, size) for name, size in names)
+        *(expand_label(secret, version.label + b" " + name, size) for name, size in names)
     )
-
-
-def _expand(secret: bytes, label: bytes, length: int) -> bytes:
-    label = b"tls13 " + label
-    info = length.to_bytes(2) + bytes((len(label),)) + label + b"\0"
-    return HKDFExpand(SHA256(), length, info).derive(secret)
 
 
 class Told(NamedTuple):

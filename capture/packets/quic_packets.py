@@ -7,17 +7,15 @@ when is `quic_connections.py`'s.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
-from cryptography.hazmat.primitives.hashes import SHA256, SHA384
-from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from capture.packets.quic import Version, number
+from capture.packets.tls import expand_label
 
 # (AEAD, its key's bytes) by a secret's length: which of two it is, the first packet shows.
 _SUITES = {48: (("aes", 32),), 32: (("aes", 16), ("chacha", 32))}
@@ -57,9 +55,9 @@ class _Generation:
     def __init__(self, version: Version, secret: bytes, suite: tuple[str, int]) -> None:
         self._version, self._secret, self._suite = version, secret, suite
         kind, size = suite
-        key = _expand(secret, version.label + b" key", size)
+        key = expand_label(secret, version.label + b" key", size)
         self._aead = AESGCM(key) if kind == "aes" else ChaCha20Poly1305(key)
-        self._iv = int.from_bytes(_expand(secret, version.label + b" iv", 12))
+        self._iv = int.from_bytes(expand_label(secret, version.label + b" iv", 12))
 
     def open(self, packet_number: int, head: bytes, body: bytes) -> bytes | None:
         try:
@@ -68,21 +66,14 @@ class _Generation:
             return None
 
     def following(self) -> _Generation:
-        secret = _expand(self._secret, self._version.label + b" ku", len(self._secret))
+        secret = expand_label(self._secret, self._version.label + b" ku", len(self._secret))
         return _Generation(self._version, secret, self._suite)
-
-
-def _expand(secret: bytes, label: bytes, length: int) -> bytes:
-    label = b"tls13 " + label
-    info = struct.pack("!HB", length, len(label)) + label + b"\0"
-    hashed = SHA384() if len(secret) == 48 else SHA256()
-    return HKDFExpand(hashed, length, info).derive(secret)
 
 
 def _mask(version: Version, secret: bytes, suite: tuple[str, int]) -> Callable[[bytes], bytes]:
     """What a packet's header is hidden with, by its sample; the same for all generations."""
     kind, size = suite
-    key = _expand(secret, version.label + b" hp", size)
+    key = expand_label(secret, version.label + b" hp", size)
     if kind == "chacha":
         return lambda sample: (
             Cipher(algorithms.ChaCha20(key, sample), None).encryptor().update(bytes(5))

@@ -179,26 +179,25 @@ def _aead(suite: int, key: bytes) -> object:
     return AESCCM(key) if suite in _CCM else AESGCM(key)
 
 
-def _expand(secret: bytes, label: bytes, length: int, sha384: bool) -> bytes:
-    """HKDF-Expand-Label with an empty context (RFC 8446, 7.1)."""
+def expand_label(secret: bytes, label: bytes, length: int) -> bytes:
+    """HKDF-Expand-Label with an empty context (RFC 8446, 7.1); a secret is as long as its hash."""
     from cryptography.hazmat.primitives.hashes import SHA256, SHA384
     from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
     full = b"tls13 " + label
     info = struct.pack("!HB", length, len(full)) + full + b"\0"
-    return HKDFExpand(SHA384() if sha384 else SHA256(), length, info).derive(secret)
+    return HKDFExpand(SHA384() if len(secret) == 48 else SHA256(), length, info).derive(secret)
 
 
 def key13(secret: bytes, suite: int) -> Key:
     """The record key of a TLS 1.3 traffic secret."""
-    sha384 = len(secret) == 48
-    raw = _expand(secret, b"key", 16 if suite in (0x1301, 0x1304) else 32, sha384)
-    return Key(suite, _aead(suite, raw), _expand(secret, b"iv", 12, sha384), True, 0)
+    raw = expand_label(secret, b"key", 16 if suite in (0x1301, 0x1304) else 32)
+    return Key(suite, _aead(suite, raw), expand_label(secret, b"iv", 12), True, 0)
 
 
 def updated(secret: bytes) -> bytes:
     """The traffic secret after a KeyUpdate."""
-    return _expand(secret, b"traffic upd", len(secret), len(secret) == 48)
+    return expand_label(secret, b"traffic upd", len(secret))
 
 
 def _suites(secret: bytes, suite: int | None) -> tuple[int, ...]:

@@ -99,5 +99,5 @@ def test_any_bytes_as_hellos_and_key_logs(data: bytes) -> None:
 def test_record_keys_are_those_of_rfc_8448() -> None:
     # RFC 8448, section 3: the server's application traffic secret and its key and iv.
     secret = bytes.fromhex("a11af9f05531f856ad47116b45a950328204b4f44bfb6b3a4b4f1f3fcb631643")
-    assert tls._expand(secret, b"key", 16, sha384=False).hex() == "9f02283b6c9c07efc26bb9f2ac92e356"
-    assert tls._expand(secret, b"iv", 12, sha384=False).hex() == "cf782b88dd83549aadf1e984"
+    assert tls.expand_label(secret, b"key", 16).hex() == "9f02283b6c9c07efc26bb9f2ac92e356"
+    assert tls.expand_label(secret, b"iv", 12).hex() == "cf782b88dd83549aadf1e984"
