@@ -630,24 +630,24 @@ class UprobeSource:
 
     def _order(self, command: dict[str, Any]) -> None:
         """A command whose answer nobody waits for."""
-        if self._link is None:
-            return
-        try:
-            self._link.sendall(protocol.encode_command({**command, "id": -1}))
-        except OSError:
-            self._lose_link()
+        self._put({**command, "id": -1})
 
     def _send(self, command: dict[str, Any]) -> int:
         """Put a question; the number under which its answer comes."""
         self._number += 1
         if self._link is None:
             raise Unavailable((Problem("the capture is stopped", "halton-meter start"),))
-        line = protocol.encode_command({**command, "id": self._number})
+        self._put({**command, "id": self._number})
+        return self._number
+
+    def _put(self, command: dict[str, Any]) -> None:
+        """Send it, if there is a helper."""
+        if self._link is None:
+            return
         try:
-            self._link.sendall(line)
+            self._link.sendall(protocol.encode_command(command))
         except OSError:
             self._lose_link()
-        return self._number
 
     def _await(self, number: int, timeout_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s
