@@ -13,7 +13,7 @@ import os
 import selectors
 import signal
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from halton_meter.accounts import Account
 from halton_meter.live.held import HeldCommand
@@ -107,6 +107,25 @@ class Command:
         os.close(self.pidfd)
         code = os.waitstatus_to_exitcode(status)
         return 128 - code if code < 0 else code
+
+
+@contextlib.contextmanager
+def prepared(
+    argv: Sequence[str], account: Account, environment: Mapping[str, str]
+) -> Iterator[Command]:
+    """A command that begins when all is done that comes before it, and never if that fails.
+
+    Signals are blocked from here on (`Signals`).
+    """
+    Signals.block()
+    command = Command(argv, account, environment)
+    try:
+        yield command
+    except BaseException:
+        command.abandon()
+        Signals.unblock()
+        raise
+    command.release()
 
 
 def _execute(

@@ -26,7 +26,7 @@ from halton_meter.accounts import Account
 from halton_meter.config import LINES_MAX, SYSTEM_CONFIG, Config, ConfigError, Loaded, is_host
 from halton_meter.live.control import ask_service
 from halton_meter.live.held import HeldCommand
-from halton_meter.live.probes.command import Command, Signals, attend
+from halton_meter.live.probes.command import Signals, attend, prepared
 from halton_meter.live.probes.programs import programs_ahead
 from halton_meter.live.probes.remembered import LIBRARIES_MAX, PATH_CHARACTERS_MAX, remembered
 from halton_meter.live.probes.supervisor import Plan, Supervisor
@@ -95,21 +95,14 @@ def _checked(said: Any, account: Account) -> tuple[Config, tuple[str, ...]]:
 
 def run_command(argv: Sequence[str], environment: Mapping[str, str], plan: Plan) -> RunResult:
     """Run one command as the user, metered by probes of its own. Raises Unavailable."""
-    Signals.block()
     held = HeldCommand()
     held.begin()
-    command = Command(argv, plan.account, environment)
-    programs = programs_ahead(argv, environment, plan.account, plan.home)
-    plan = dataclasses.replace(plan, roots=(command.pid,), programs=programs)
-    supervisor = Supervisor(plan, held)
-    try:
+    with prepared(argv, plan.account, environment) as command:
+        programs = programs_ahead(argv, environment, plan.account, plan.home)
+        plan = dataclasses.replace(plan, roots=(command.pid,), programs=programs)
+        supervisor = Supervisor(plan, held)
         supervisor.start()
         signals = Signals()
-    except BaseException:
-        command.abandon()
-        Signals.unblock()
-        raise
-    command.release()
     code = attend(
         command, signals, supervisor.selector, supervisor.tick, lambda: supervisor.wait_s, held
     )

@@ -21,7 +21,7 @@ from halton_meter.contract import usd_text
 from halton_meter.coverage import Coverage
 from halton_meter.live.control import Control, ServiceAbsent
 from halton_meter.live.held import HeldCommand
-from halton_meter.live.probes.command import Command, Signals, attend
+from halton_meter.live.probes.command import Signals, attend, prepared
 from halton_meter.live.probes.job import SEEN_CHARACTERS_MAX, SEEN_MAX
 from halton_meter.live.probes.programs import programs_ahead
 from halton_meter.live.result import NO_LIMIT, RunLimit, RunResult
@@ -176,19 +176,12 @@ def run_watched(
 
     `connect` finds the service again.
     """
-    Signals.block()
     held = HeldCommand()
     held.begin()
-    command = Command(argv, account, environment)
-    try:
+    with prepared(argv, account, environment) as command:
         watching = Watching(command.pid, limit, connect, control, held)
         _search(programs_ahead(argv, environment, account), control)
         signals = Signals()
-    except BaseException:
-        command.abandon()
-        Signals.unblock()
-        raise
-    command.release()
     started_ns = time.time_ns()
     result = RunResult()
     result.exit_code = attend(
