@@ -98,42 +98,11 @@ def port_filter(ports: Sequence[int], muted: Iterable[bytes] = ()) -> bytes:
     program.add(_LOAD_BYTE, 9)
     program.add(_EQUAL, _UDP, "UDP 4")
     program.add(_EQUAL, _TCP, None, "refuse 4")
-    program.add(_HEADER_LENGTH_TO_X, 0)
-    program.add(_LOAD_HALF_X, 2)
-    for port in ports[:PORTS_MAX]:
-        program.add(_EQUAL, port, "take 4")
-    program.add(_LOAD_HALF_X, 0)
-    for port in ports[:PORTS_MAX]:
-        program.add(_EQUAL, port, "from a server")
-    program.add(_RETURN, 0)
-    program.place("from a server")
-    program.add(_LOAD_BYTE_X, 13)
-    program.add(_ANY_BIT, _SYN_FIN_RST, "take 4")
-    program.add(_LOAD_WORD, 12)
-    for address in list(muted)[:MUTED_MAX]:
-        program.add(_EQUAL, int.from_bytes(address), "refuse 4")
-    program.place("take 4")
-    program.add(_RETURN, _TAKE_BYTES)
+    _take_4(program, ports, [*muted], (13, _SYN_FIN_RST), "take 4")
     program.place("UDP 4")
-    program.add(_HEADER_LENGTH_TO_X, 0)
-    program.add(_LOAD_HALF_X, 2)
-    for port in ports[:PORTS_MAX]:
-        program.add(_EQUAL, port, "take 4 of UDP")
-    program.add(_LOAD_HALF_X, 0)
-    for port in ports[:PORTS_MAX]:
-        program.add(_EQUAL, port, "UDP from a server")
-    program.add(_RETURN, 0)
-    program.place("UDP from a server")
-    program.add(_LOAD_BYTE_X, 8)
-    program.add(_ANY_BIT, _LONG_HEADER, "take 4 of UDP")
-    program.add(_LOAD_WORD, 12)
-    for address in list(muted)[:MUTED_MAX]:
-        program.add(_EQUAL, int.from_bytes(address), "refuse 4")
-    program.add(_RETURN, _TAKE_BYTES)
+    _take_4(program, ports, [*muted], (8, _LONG_HEADER), "take 4 of UDP")
     program.place("refuse 4")
     program.add(_RETURN, 0)
-    program.place("take 4 of UDP")
-    program.add(_RETURN, _TAKE_BYTES)
     program.place("not 4")
     program.add(_EQUAL, 0x60, None, "refuse")
     program.add(_LOAD_BYTE, 6)
@@ -149,6 +118,34 @@ def port_filter(ports: Sequence[int], muted: Iterable[bytes] = ()) -> bytes:
     program.place("take")
     program.add(_RETURN, _TAKE_BYTES)
     return program.bytes()
+
+
+def _take_4(
+    program: _Program,
+    ports: Sequence[int],
+    muted: Sequence[bytes],
+    always: tuple[int, int],
+    take: str,
+) -> None:
+    """Take what goes to the ports, and what comes from there: of the muted only what has some bits
+    set in a byte (`always`) of the header behind IPv4's. `take` names the end."""
+    at, bits = always
+    program.add(_HEADER_LENGTH_TO_X, 0)
+    program.add(_LOAD_HALF_X, 2)
+    for port in ports[:PORTS_MAX]:
+        program.add(_EQUAL, port, take)
+    program.add(_LOAD_HALF_X, 0)
+    for port in ports[:PORTS_MAX]:
+        program.add(_EQUAL, port, f"from a server, {take}")
+    program.add(_RETURN, 0)
+    program.place(f"from a server, {take}")
+    program.add(_LOAD_BYTE_X, at)
+    program.add(_ANY_BIT, bits, take)
+    program.add(_LOAD_WORD, 12)
+    for address in muted[:MUTED_MAX]:
+        program.add(_EQUAL, int.from_bytes(address), "refuse 4")
+    program.place(take)
+    program.add(_RETURN, _TAKE_BYTES)
 
 
 class _SocketFilter(ctypes.Structure):
