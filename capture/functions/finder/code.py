@@ -54,6 +54,8 @@ REFERENCES_MAX = 4096
 BLOCKS_BYTES_MAX = 0x1000
 """How far from a function's start its blocks may lie that look like functions themselves."""
 
+_CALLS = (b"\xe8", b"\xe9")
+
 Constants = Mapping[str, frozenset[int]]
 Line = tuple[int, int, str, str]
 """An instruction: address, size, mnemonic, operands."""
@@ -401,7 +403,8 @@ class Code:
                     yield from aarch64_calls(piece, base, inside)
                 else:
                     found = x86_relatives(piece, base, inside, CALL_OR_BRANCH)
-                    yield from ((at if self._is_branch(at) else at + 1, to) for at, to in found)
+                    # Before `call` and `jmp` stands another byte.
+                    yield from ((at + (self.bytes_at(at + 1, 1) in _CALLS), to) for at, to in found)
             reach = ARM_CONDITIONAL_BYTES if self.arm else SHORT_BYTES
             base, code = self._around(range(near[0], near[-1] + 1), reach)
             if self.arm:
@@ -410,12 +413,6 @@ class Code:
                 found = x86_short_branches(code, range(near[0] - base, near[-1] - base + 1))
                 branches = ((base + at, base + target) for at, target in found)
             yield from ((at, target) for at, target in branches if target in inside)
-
-    def _is_branch(self, at: int) -> bool:
-        return self.bytes_at(at, 1) == b"\x0f" and self.bytes_at(at + 1, 1) not in (
-            b"\xe8",
-            b"\xe9",
-        )
 
     def _around(self, bounds: range, reach: int) -> tuple[int, bytes]:
         """The code within the bounds and so much on both sides, and its address."""

@@ -48,8 +48,8 @@ class Paths:
         self.index = {line[0]: number for number, line in enumerate(lines)}
         self.entered: frozenset[int] = frozenset()
         """Addresses to which code elsewhere goes: who looks for that says so here."""
-        self.asked: set[int] = set()
-        """Addresses of which it was asked what comes before them."""
+        self.relied_on: set[int] = set()
+        """Addresses of which somebody was told all that comes before them."""
         self._code, self._reader = code, reader
         self._effects: dict[int, tuple[Effect, ...]] = {}
         self._outlines: dict[int | None, tuple[Effect, ...]] = {}
@@ -141,10 +141,11 @@ class Paths:
     def predecessors(self, number: int) -> tuple[int, ...] | None:
         """The instructions that it may follow; None when others may come before it as well."""
         address = self.lines[number][0]
-        self.asked.add(address)
         if address in self._table_targets or address in self.entered or not number:
             return None
         found = (*self._sources.get(address, ()), *((number - 1,) if self._falls(number) else ()))
+        if found:
+            self.relied_on.add(address)
         return found or None
 
     def _falls(self, number: int) -> bool:

@@ -247,7 +247,7 @@ class _Search:
                 for site in sites_in(callee, self.abi, locations):
                     found.setdefault(site.call, _Located(site, callee))
         for paths in {each.paths for each in found.values()}:
-            if not self._is_known_well(paths):
+            while not self._is_known_well(paths):
                 again = {site.call: site for site in sites_in(paths, self.abi, locations)}
                 for call in [each.site.call for each in found.values() if each.paths is paths]:
                     del found[call]
@@ -324,11 +324,12 @@ class _Search:
         ]
 
     def _is_known_well(self, paths: Paths) -> bool:
-        """False where others go to what was taken as certain: it is told so, and looked at again.
+        """False where others go to what was taken as certain: it is told so, to be looked at again.
 
         A part that was moved elsewhere comes back, as of code that is seldom run.
         """
-        numbers = (paths.index[address] for address in paths.asked)
+        numbers = [paths.index[address] for address in paths.relied_on]
+        paths.relied_on.clear()
         firsts = ((max(number - BETWEEN_MAX, 0), number) for number in numbers)
         looked_at = {
             address
@@ -338,8 +339,9 @@ class _Search:
         entries = (*self.code.entries(looked_at), *self._returns_from_parts(paths))
         came = {to for at, to in entries if at not in paths and self._is_instruction(at)}
         came |= {to for at, to in entries if paths.calls(at)}
-        paths.entered = frozenset(met for to in came for met in self._met(paths, to))
-        return not paths.entered
+        before = paths.entered
+        paths.entered |= {met for to in came for met in self._met(paths, to)}
+        return paths.entered == before
 
     def _met(self, paths: Paths, address: int) -> Iterator[int]:
         """Where what begins at an address, maybe between instructions, goes on as the function."""
