@@ -64,7 +64,7 @@ EXCHANGES_REMEMBERED_MAX = 16_384
 # What is taken of a request that has no answer yet: so many of its bytes are a token, and so many
 # tokens are the answer.
 PREVIEW_BYTES_A_TOKEN, PREVIEW_OUTPUT_TOKENS = 4, 500
-MOST_OUTPUT_TOKENS = 128_000  # no model answers more at once
+MOST_OUTPUT_TOKENS = 128_000  # assumed: what nearly no answer exceeds
 
 Price = Callable[[UsageEvent], PricedEvent]
 Attribute = Callable[[Process], tuple[str | None, str | None]]
@@ -199,7 +199,7 @@ class Meter:
         return self._price(usage)
 
     def at_most(self, preview: PricedEvent) -> PricedEvent:
-        """What a previewed request costs at most: a token a byte, and the longest answer."""
+        """What a previewed request hardly exceeds: a token a byte, and a very long answer."""
         (part,) = preview.usage.parts
         size = (part.tokens.input or 0) * PREVIEW_BYTES_A_TOKEN
         tokens = Tokens(input=size, output=MOST_OUTPUT_TOKENS)

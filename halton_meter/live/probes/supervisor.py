@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from capture.helper.handover import Keeper
     from capture.helper_process import Scope
 
-START_S_MAX = 150.0  # bcc compiles and loads: 6 s, on a machine with 25 programs a core a minute
+START_S_MAX = 150.0  # with bcc it took 9 to 18 s under a load of 5 on two cores, more than 30 of 25
 FINISH_S_MAX = 20.0
 COMMAND_S_MAX = 1.0
 PROMPT_NICE = -10
