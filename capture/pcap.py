@@ -21,15 +21,18 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from capture.packets.capfile import CaptureFile, Frame, NotACapture, secrets_in
 from capture.packets.input_files import UNPACK_RATIO_MAX
 from capture.packets.keylog import KeyLog, read_key_log
-from capture.packets.quic_connections import QuicConnections
 from capture.packets.records import Findings, TcpConnections
-from capture.packets.tcp import Reassembly
+from capture.packets.tcp import Datagram, Reassembly
 from capture.packets.tshark import Decryptors, PrivateKeyLog, TsharkMissing, find_tshark
 from halton_meter.model import Source, TlsChunk, TlsClosed
+
+if TYPE_CHECKING:
+    from capture.packets.quic_connections import QuicConnections
 
 # Chunks decrypted but not yet taken.
 READY_MAX = 256
@@ -182,26 +185,35 @@ class PcapSource:
             return
         self._finish_connections()
         self._connections.capture_begins()
-        self._quic = QuicConnections(
-            self._keys,
-            self._wanted or (lambda host: True),
-            lambda client: None,
-            self._ready.put,
-            lambda process, host: None,
-            source=Source.PCAP,
-        )
-        self._reassembly = Reassembly(self._connections, self._quic.datagram)
+        self._reassembly = Reassembly(self._connections, self._take_quic)
+
+    def _take_quic(self, datagram: Datagram) -> None:
+        if self._quic is None:  # most captures have none, and its libraries take a while to load
+            from capture.packets.quic_connections import QuicConnections
+
+            self._quic = QuicConnections(
+                self._keys,
+                self._wanted or (lambda host: True),
+                lambda client: None,
+                self._ready.put,
+                lambda process, host: None,
+                source=Source.PCAP,
+            )
+        self._quic.datagram(datagram)
 
     def _finish_connections(self) -> None:
         reassembly, self._reassembly = self._reassembly, None
         quic, self._quic = self._quic, None
-        if reassembly is None or quic is None:
+        if reassembly is None:
             return
         reassembly.finish()
-        quic.finish()
-        self.findings.decrypted += quic.read
-        self.findings.quic += max(0, reassembly.quic_connections - quic.read)
-        self.findings.losses.update(quic.losses)
+        read = 0
+        if quic is not None:
+            quic.finish()
+            read = quic.read
+            self.findings.decrypted += read
+            self.findings.losses.update(quic.losses)
+        self.findings.quic += max(0, reassembly.quic_connections - read)
         self.findings.losses.update(reassembly.losses)
         self.findings.unread_links.update(reassembly.unread)
         self.findings.last_ns = max(self.findings.last_ns, reassembly.at_ns)
