@@ -72,6 +72,7 @@ class PcapSource:
         self._wanted = wanted
         self._quic: QuicConnections | None = None
         self._stopping = False
+        self._first_handshake = 0  # of the capture that is being read, in the key log
         for path in keys:
             if (trouble := read_key_log(path, self._keys)) is not None:
                 self.findings.errors.append(f"{path}: {trouble}")
@@ -136,6 +137,7 @@ class PcapSource:
     def _feed_file(self, path: Path, done: int, total: int) -> None:
         try:
             file = CaptureFile(path, self._ratio_max)
+            self._first_handshake = len(self._keys)
             for text in secrets_in(path, self.findings.losses, self._ratio_max):
                 self._add_secrets(text)
         except NotACapture as error:
@@ -184,7 +186,7 @@ class PcapSource:
         if before is not None and 0 <= first.at_ns - before.at_ns <= NEXT_FILE_NS_MAX:
             return
         self._finish_connections()
-        self._connections.capture_begins()
+        self._connections.capture_begins(self._first_handshake)
         self._reassembly = Reassembly(self._connections, self._take_quic)
 
     def _take_quic(self, datagram: Datagram) -> None:

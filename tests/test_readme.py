@@ -79,4 +79,4 @@ def test_the_demo_meters_the_fixtures_and_shows_a_priced_report(tmp_path: Path) 
     )
     assert result.returncode == 0, result.stdout + result.stderr
     report = result.stdout.split("What it cost")[1].splitlines()
-    assert [line for line in sample_report() if line not in report] == []
+    assert [line for line in sample_report() if line not in report] == [], result.stdout

@@ -110,12 +110,16 @@ class KeyLog:
         return dict(_secrets_of(self._secrets.get(client_random, b""))).get(number)
 
     def newest_first(self) -> Iterator[bytes]:
-        """The client randoms known, oldest last."""
+        """The client randoms known, oldest last; secrets may not come meanwhile."""
         return reversed(self._secrets)
 
-    def handshakes(self) -> Iterator[bytes]:
-        """The client randoms known, newest last."""
-        return iter(self._secrets)
+    def handshakes(self, first: int = 0) -> list[bytes]:
+        """The client randoms known, newest last, but those from number `first` on before others.
+
+        A copy, as another thread may add secrets while it is gone through.
+        """
+        known = list(self._secrets)
+        return known[first:] + known[:first]
 
     def lines_of(self, client_random: bytes) -> bytes:
         """One handshake's secrets in key log format."""

@@ -64,6 +64,7 @@ class Keys:
     client_random: bytes | None = None
     session: bytes = b""  # the id that the client proposed
     server_hello: tls.ServerHello | None = None
+    first: int = 0  # handshake of the key log that is tried, where no hello was seen
     claimed: bytes | None = None  # by trial: the handshake that a joined connection belongs to
     halves: dict[Direction, Plaintext] = field(default_factory=dict)
 
@@ -79,10 +80,20 @@ class Records:
     index: int
     encrypted: int
     ciphered: bool  # a ChangeCipherSpec came before
-    at_ns: int
+    times: list[tuple[int, int]]  # (first byte in the payload, ns) of what came at once
     asked: bool  # tshark is given them
     whole: bool  # nothing of this direction is missing before them
     frame: int = 0  # the number of the packet they are in, when asked
+
+    @property
+    def at_ns(self) -> int:
+        """When the first of them came."""
+        return self.times[0][1]
+
+    def came_ns(self, position: int) -> int:
+        """When the record came that begins at a position of the stream."""
+        at = position - self.position
+        return next(ns for first, ns in reversed(self.times) if first <= at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +164,22 @@ class Opening:
         if opener is not None and opener.overhead is not None:
             half.offset += self._gap(half, work.position, missing * opener.overhead)
         self._handled(half, work.position + len(work.payload), work.index + work.encrypted)
-        self._plain(half, data, work.at_ns)
+        self._plain_by_time(work, data, opener)
+
+    def _plain_by_time(self, work: Records, data: bytes, opener: tls.Opener | None) -> None:
+        """Give plaintext of several records with the time of each, where its length is known."""
+        if len(work.times) == 1 or opener is None or opener.overhead is None:
+            self._plain(work.half, data, work.at_ns)
+            return
+        start = end = 0
+        at_ns = work.at_ns
+        for record, _, position in encrypted_records(work):
+            came_ns = work.came_ns(position)
+            if came_ns != at_ns:
+                self._plain(work.half, data[start:end], at_ns)
+                start, at_ns = end, came_ns
+            end += len(record) - opener.overhead
+        self._plain(work.half, data[start:], at_ns)
 
     def _tail(self, work: Tail) -> None:
         """Say that the end is missing; how long it was is known but for the number of records."""
@@ -206,7 +232,7 @@ class Opening:
             return
         before = work.half.offset
         for record, index, position in encrypted_records(work):
-            if not work.asked and self._open_early(work, record):
+            if not work.asked and self._open_early(work, record, position):
                 continue
             if opener is None or opener.hopeless:
                 self.losses["tls_records_undecryptable"] += record[0] == tls.APPLICATION
@@ -215,7 +241,7 @@ class Opening:
         if found and work.half.offset == before:  # early data: under a key of its own
             self._plain(work.half, found, work.at_ns)
 
-    def _open_early(self, work: Records, record: bytes) -> bool:
+    def _open_early(self, work: Records, record: bytes, position: int) -> bool:
         """Whether it is a record of early data, or the message at its end."""
         half, random = work.half, work.keys.client_random
         if half.direction is not Direction.SENT or half.base is not None or random is None:
@@ -234,7 +260,7 @@ class Opening:
         early.records += 1
         early.bytes += len(plain)
         if kind == tls.APPLICATION:
-            early.held.append((plain, work.at_ns))
+            early.held.append((plain, work.came_ns(position)))
         elif plain[:1] == _END_OF_EARLY_DATA:
             early.is_over = True
             for data, at_ns in early.held:
@@ -267,7 +293,7 @@ class Opening:
         half.base = number - index
         self._handled(half, position + len(record), index + 1)
         if kind == tls.APPLICATION:
-            self._plain(half, plain, work.at_ns)
+            self._plain(half, plain, work.came_ns(position))
         elif kind == tls.HANDSHAKE and plain[:1] == b"\x18" and key.tls13:  # KeyUpdate
             opener.advance()
             half.base = -(index + 1)
@@ -307,7 +333,7 @@ class Opening:
         elif half.opener is None and random is None and not half.asked_opener:
             half.asked_opener = True
             if self._trials_left > 0:
-                half.opener = tls.trial_opener(self._keys, self._claimed, sent=sent)
+                half.opener = tls.trial_opener(self._keys, self._claimed, keys.first, sent=sent)
                 self._trials_left -= len(self._keys) // _HANDSHAKES_PER_TRIAL
                 self._trials_left -= len(half.opener) * _TRIALS_PER_KEY
         return half.opener

@@ -30,8 +30,7 @@ from capture.packets.opening import Clear, Keys, Plaintext, Records, Tail, Work
 from capture.packets.tcp import Flow, Half
 from halton_meter.model import Connection, Direction, Process, Source, TlsClosed
 
-# Whole records collected before tshark is asked, and for how long: a chunk carries one time, so
-# only what arrived together may share a packet. An IPv4 packet ends at 64 KiB.
+# Whole records collected before tshark is asked, and for how long. An IPv4 packet ends at 64 KiB.
 BATCH_BYTES_MAX = 32 << 10
 BATCH_NS_MAX = 2_000_000
 # Bytes searched for a record's start after a hole; they are dropped if there is none.
@@ -167,7 +166,7 @@ class _RecordStream:
     batch_position: int = 0
     batch_encrypted: int = 0
     batch_ciphered: bool = False  # when the batch began
-    batch_ns: int = 0
+    batch_times: list[tuple[int, int]] = field(default_factory=list)  # as in `Records`
     handshake: bytearray | None = field(default_factory=bytearray)
     messages: int = 0  # of the handshake so far
     kept_bytes: int = 0  # of these buffers, when last looked at
@@ -221,6 +220,7 @@ class TcpConnections:
         self._numbers = 0
         self._name_of: dict[str, str | None] = {}
         self._hellos: dict[bytes, tuple[int, int]] = {}
+        self._first_handshake = 0  # of this capture, in the key log
         self._holding: OrderedDict[Flow, None] = OrderedDict()  # by when they began
         self._held_bytes = 0
         self._on_bytes = {
@@ -398,6 +398,7 @@ class TcpConnections:
             tcp.become(State.IGNORED)
             return
         self.findings.nameless += tcp.connection.peer is None
+        tcp.keys.first = self._first_handshake
         for stream in tcp.streams.values():
             stream.diverted = stream.hunting = True
             stream.handshake = None
@@ -409,9 +410,13 @@ class TcpConnections:
             host = "others"
         self.findings.without_keys[host] += 1
 
-    def capture_begins(self) -> None:
-        """What is seen from here on was recorded apart from what came before."""
+    def capture_begins(self, first_handshake: int) -> None:
+        """What is seen from here on was recorded apart from what came before.
+
+        Its own secrets stand in the key log from number `first_handshake` on.
+        """
         self._hellos.clear()
+        self._first_handshake = first_handshake
 
     def _is_seen_again(self, tcp: _TcpConnection, random: bytes, at_ns: int) -> bool:
         if len(self._hellos) >= HELLOS_MAX:
@@ -584,13 +589,16 @@ class TcpConnections:
         if other.batch:
             self._flush_stream(tcp, other, not sent)
         if stream.batch and (
-            at_ns - stream.batch_ns > BATCH_NS_MAX or stream.batch_bytes + length > BATCH_BYTES_MAX
+            at_ns - stream.batch_times[0][1] > BATCH_NS_MAX
+            or stream.batch_bytes + length > BATCH_BYTES_MAX
         ):
             self._flush_stream(tcp, stream, sent)
         if not stream.batch:
-            stream.batch_ns, stream.batch_position = at_ns, stream.position
+            stream.batch_times, stream.batch_position = [(0, at_ns)], stream.position
             stream.batch_ciphered = ciphered
             self._batching[tcp] = None
+        elif stream.batch_times[-1][1] != at_ns:
+            stream.batch_times.append((stream.batch_bytes, at_ns))
         stream.batch.append(bytes(stream.buffer[:length]))
         del stream.buffer[:length]
         stream.batch_bytes += length
@@ -624,7 +632,7 @@ class TcpConnections:
             stream.encrypted,
             stream.batch_encrypted,
             stream.batch_ciphered,
-            stream.batch_ns,
+            stream.batch_times,
             asked,
             whole,
         )

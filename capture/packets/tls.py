@@ -326,14 +326,15 @@ def early_opener(keys: KeyLog, client_random: bytes) -> Opener | None:
     return Opener((secret, key13(secret, suite)) for suite in _suites(secret, None))
 
 
-def trial_opener(keys: KeyLog, used: set[bytes], *, sent: bool) -> Opener:
+def trial_opener(keys: KeyLog, used: set[bytes], first: int, *, sent: bool) -> Opener:
     """An `Opener` over TLS 1.3 secrets in the log that no connection has claimed.
 
-    At most `TRIAL_SECRETS_MAX` of them; `used` are the client randoms that were claimed.
+    At most `TRIAL_SECRETS_MAX` of them, from handshake number `first` on; `used` are the client
+    randoms that were claimed.
     """
     candidates: list[tuple[bytes, Key]] = []
     random_of: dict[bytes, bytes] = {}
-    for random in keys.handshakes():
+    for random in keys.handshakes(first):
         secret = keys.secret(random, _traffic(sent)) if random not in used else None
         if secret is None:
             continue

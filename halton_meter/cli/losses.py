@@ -82,6 +82,12 @@ _LOSSES = {
     "unstored_events": _Loss("request", "not stored: the worker ended while the disk was full"),
 }
 _PLURALS = {"body": "bodies"}
+# Counters whose name ends with the Python error that stopped us.
+_FAULTS = {
+    "tls_records_unreadable_": _Loss("part", "of TLS connections not read"),
+    "exchange_unreadable_": _Loss("request", "not read"),
+    "limits_unreadable_": _Loss("answer", "of which the limits were not read"),
+}
 
 
 def sightings_in_words(seen_again: int, told_apart: int, stored_before: int = 0) -> list[str]:
@@ -113,8 +119,14 @@ def other_calls_in_words(requests: int, other_calls: int) -> list[str]:
 
 def losses_in_words(losses: Mapping[str, int]) -> list[tuple[str, str]]:
     """What was lost and its fix ("" for none), such as ("892 TCP bytes missing", "record …")."""
-    return [
+    said = [
         (f"{count(losses[cause], loss.noun, _PLURALS.get(loss.noun))} {loss.what}", loss.fix)
         for cause, loss in _LOSSES.items()
         if losses.get(cause)
     ]
+    for begin, loss in _FAULTS.items():
+        for cause, number in losses.items():
+            if cause.startswith(begin) and number:
+                fault = f"a fault of Halton Meter ({cause.removeprefix(begin)})"
+                said.append((f"{count(number, loss.noun)} {loss.what}: {fault}", ""))
+    return said

@@ -23,6 +23,15 @@ def test_a_loss_is_a_count_and_its_fix() -> None:
     assert losses_in_words({"ip_fragments": 1})[0][0] == "1 IP fragment not reassembled"
 
 
+def test_a_fault_of_ours_is_said_with_its_error() -> None:
+    assert losses_in_words({"tls_records_unreadable_RuntimeError": 2, "holes": 1}) == [
+        ("2 parts of TLS connections not read: a fault of Halton Meter (RuntimeError)", "")
+    ]
+    assert losses_in_words({"exchange_unreadable_KeyError": 1}) == [
+        ("1 request not read: a fault of Halton Meter (KeyError)", "")
+    ]
+
+
 @pytest.mark.parametrize(
     "cause", [*LOSS_CAUSES, *EVENT_LOSS_CAUSES, "lost_between_readers_bytes", "decoded_over_limit"]
 )

@@ -8,6 +8,7 @@ import random
 import struct
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from capture.packets import tshark
+from capture.packets import tls, tshark
 from capture.packets.records import Findings
 from capture.pcap import NEXT_FILE_NS_MAX, PcapSource
 from halton_meter.model import Direction, TlsChunk, TlsClosed
@@ -230,6 +231,72 @@ def test_a_connection_joined_in_its_middle_is_opened_by_trial(tmp_path: Path) ->
     assert BODY.endswith(received)
     assert items[0].connection.joined
     assert findings.joined == 1
+
+
+def test_a_joined_connection_is_opened_by_its_own_capture_s_secrets_first(tmp_path: Path) -> None:
+    given = recording()
+    harmed = damage.start_after(30, sent=False)(given.packets)
+    others = tmp_path / "others.log"
+    others.write_text(
+        "".join(
+            f"{label}_TRAFFIC_SECRET_0 {number:064x} {number:064x}\n"
+            for number in range(200)
+            for label in ("CLIENT", "SERVER")
+        )
+    )
+    path = write(tmp_path / "capture.pcapng", pcapng(harmed, given.secrets))
+    items, _ = read(path, keys=[others])
+    received = b"".join(data for _, data in said(items, Direction.RECEIVED))
+    assert len(received) > 20_000
+    assert BODY.endswith(received)
+
+
+def test_secrets_of_the_next_capture_come_while_a_joined_connection_s_are_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = recording()
+    harmed = damage.start_after(30, sent=False)(given.packets)
+    path = write(tmp_path / "capture.pcapng", pcapng(harmed, given.secrets))
+    source = PcapSource([path])
+    made = tls.key13
+
+    def meanwhile(secret: bytes, suite: int) -> tls.Key:
+        """What the thread that reads files may do at any time."""
+        number = len(source._keys)
+        source._keys.add(f"SERVER_TRAFFIC_SECRET_0 {number:064x} {number:064x}\n".encode())
+        return made(secret, suite)
+
+    monkeypatch.setattr(tls, "key13", meanwhile)
+    items = list(source.items())
+    assert BODY.endswith(b"".join(data for _, data in said(items, Direction.RECEIVED)))
+    assert source.findings.losses == {}
+    assert said(items, Direction.SENT)
+
+
+@pytest.mark.parametrize("suite", ["tls13", "tls12_aes128"])
+@pytest.mark.parametrize("after_hole", [False, True])
+def test_each_record_has_the_time_at_which_it_came(
+    suite: str, after_hole: bool, tmp_path: Path
+) -> None:
+    given = recording(suite)
+    packets = damage.drop([9])(given.packets) if after_hole else given.packets
+
+    def quicker(at_ns: int) -> int:
+        """A hundred times as fast: several answers come within a batch of records."""
+        return BEGINNING_NS + (at_ns - BEGINNING_NS) // 100
+
+    def times(packets: list[Packet]) -> list[tuple[int, bytes]]:
+        items, _ = read_bytes(pcapng(packets, given.secrets), tmp_path)
+        return [
+            (item.at_ns, item.data)
+            for item in items
+            if isinstance(item, TlsChunk) and item.direction is Direction.RECEIVED and item.data
+        ]
+
+    slow = times(packets)
+    assert len(slow) > 15
+    squeezed = [replace(each, at_ns=quicker(each.at_ns)) for each in packets]
+    assert times(squeezed) == [(quicker(at_ns), data) for at_ns, data in slow]
 
 
 def test_a_connection_joined_under_tls_1_2_is_counted_not_guessed(tmp_path: Path) -> None:
