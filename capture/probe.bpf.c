@@ -1724,6 +1724,46 @@ SECTION("uprobe/leave_ex") int leave_ex(struct registers *r) { return leave(r, 1
  * Config.ServerName; 0 when unknown for that Go, and then the request's head decides. A *Conn used
  * again without a Close shows in the name's address, or in another HTTP/2 preface. */
 
+#define GO_FORK (1ULL << 48) /* the offsets are a guess: other places are looked at, too */
+#define GO_WRAPPED (1ULL << 49) /* the method is of a struct that begins with a pointer to the Conn */
+
+/* The *Conn of a call; 0 when it cannot be read. */
+INLINE u64 go_connection(struct registers *r, u64 cookie)
+{
+	u64 connection = GO_CONNECTION(r);
+	if ((cookie & GO_WRAPPED) && bpf_probe_read_user(&connection, sizeof(connection), (void *)connection))
+		return 0;
+	return connection;
+}
+
+INLINE int may_be_a_host(u64 *name)
+{
+	char last = 0;
+	if (!name[0] || !name[1] || name[1] >= HOST_BYTES_MAX ||
+	    bpf_probe_read_user(&last, 1, (void *)(name[0] + name[1] - 1)))
+		return 0;
+	u8 letter = (u8)((last | 0x20) - 'a'), digit = (u8)(last - '0');
+	return letter < 26 || digit < 10;
+}
+
+/* Config.ServerName of a connection into a Go string: its address, its length. Both stay 0 when there
+ * is none. In a fork's Config it may stand one pointer further, and older Conns have their Config one
+ * pointer before. What is read from a wrong place is no text that ends as a host does. */
+INLINE void go_name(u64 *name, u64 connection, u64 cookie)
+{
+	u64 at = (cookie >> 32) & 0xffff;
+	u32 in_config = cookie;
+#pragma unroll
+	for (int i = 0; i < 4; i++) {
+		u64 config = 0;
+		if (!bpf_probe_read_user(&config, sizeof(config), (void *)(connection + at - 8 * (i >> 1))) && config)
+			bpf_probe_read_user(name, 16, (void *)(config + in_config + 8 * (i & 1)));
+		if (!(cookie & GO_FORK) || may_be_a_host(name))
+			return;
+		name[0] = name[1] = 0;
+	}
+}
+
 INLINE int enter_go(struct registers *r, u32 direction)
 {
 	u32 zero = 0;
@@ -1732,16 +1772,15 @@ INLINE int enter_go(struct registers *r, u32 direction)
 		return 0;
 	u64 ids = current_ids(s);
 	u32 tgid = ids >> 32;
-	struct key key = {.ssl = GO_CONNECTION(r), .tgid = tgid};
+	u64 cookie = OWN_PART(bpf_get_attach_cookie(r));
+	struct key key = {.ssl = go_connection(r, cookie), .tgid = tgid};
 	struct go_key call_key = {.goroutine = GO_GOROUTINE(r), .tgid = tgid, .direction = direction};
 	struct go_call call = {.connection = key.ssl, .buffer = GO_BUFFER(r)};
 	struct connection *c = connections_get(&key);
-	u64 offsets = OWN_PART(bpf_get_attach_cookie(r));
-	u64 config = 0, name[2] = {}; /* a Go string: address, length */
+	u64 name[2] = {};
 
-	if (offsets &&
-	    !bpf_probe_read_user(&config, sizeof(config), (void *)(key.ssl + (offsets >> 32))) && config)
-		bpf_probe_read_user(name, sizeof(name), (void *)(config + (u32)offsets));
+	if (cookie)
+		go_name(name, key.ssl, cookie);
 	/* No origin yet: a goroutine that reads beside one that writes admits it at this moment. */
 	if (c && c->origin != name[0] && (c->origin || c->joined)) {
 		close_connection(&key, c);
@@ -1840,7 +1879,7 @@ INLINE int forget(u64 pointer)
 	return 0;
 }
 
-SECTION("uprobe/enter_go_close") int enter_go_close(struct registers *r) { return forget(GO_CONNECTION(r)); }
+SECTION("uprobe/enter_go_close") int enter_go_close(struct registers *r) { return forget(go_connection(r, OWN_PART(bpf_get_attach_cookie(r)))); }
 SECTION("uprobe/enter_go_read") int enter_go_read(struct registers *r) { return enter_go(r, RECEIVED); }
 SECTION("uprobe/enter_go_write") int enter_go_write(struct registers *r) { return enter_go(r, SENT); }
 SECTION("uprobe/leave_go_read") int leave_go_read(struct registers *r) { return leave_go(r, RECEIVED); }

@@ -48,9 +48,8 @@ def test_no_command_is_named_as_a_fix_that_may_not_help() -> None:
     assert line == (
         "  not metered: app (a fork of Go crypto/tls) to api.openai.com, 1 connection: its TLS "
         "library cannot be probed. No sure way is known: `sudo halton-meter run --via keylog` "
-        "meters it if it writes its TLS keys (PyPI's tls-client does), `halton-meter run --via "
-        "proxy` if it follows proxy settings, else its own proxy setting may, with the proxy of "
-        "halton-meter init"
+        "meters it if it writes its TLS keys, `halton-meter run --via proxy` if it follows proxy "
+        "settings, else its own proxy setting may, with the proxy of halton-meter init"
     )
 
 

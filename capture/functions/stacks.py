@@ -133,6 +133,9 @@ _BTLS: Mapping[str, tuple[str, str | None]] = {
 }
 
 
+_GO = ("enter_go_read", "enter_go_write", "leave_go_read", "leave_go_write", "enter_go_close")
+
+
 def _unprobed(name: str) -> str:
     return f"{name} is not probed; {INSTEAD}"
 
@@ -185,20 +188,15 @@ STACKS: Mapping[Stack, Row] = {
     ),
     Stack.BTLS: Row(symbols=_BTLS, needed=(("mono_btls_ssl_write", "mono_btls_ssl_read"),)),
     Stack.GO: Row(
-        programs=(
-            "enter_go_read",
-            "enter_go_write",
-            "leave_go_read",
-            "leave_go_write",
-            "enter_go_close",
-        ),
+        programs=_GO,
         markers=(b"\xff Go buildinf:",),
         finder="capture.functions.finder.golang",
         ahead=False,  # a machine has many Go programs, of some twenty probes each
     ),
     # utls and its like: only Go's finder tells them, by the package that has the functions.
     Stack.GO_FORK: Row(
-        advice=f"a fork of Go's crypto/tls is not probed; if it follows proxy settings, {INSTEAD}"
+        programs=_GO,
+        advice=f"this fork of crypto/tls is not probed; if it follows proxy settings, {INSTEAD}",
     ),
     Stack.RUSTLS: Row(
         needed=(("rustls_connection_write", "rustls_connection_read"),),

@@ -45,8 +45,8 @@ _OTHER_FIXES = {
 _UNSURE = frozenset({"a fork of Go crypto/tls"})
 NO_SURE_FIX = (
     "No sure way is known: `sudo halton-meter run --via keylog` meters it if it writes its TLS "
-    "keys (PyPI's tls-client does), `halton-meter run --via proxy` if it follows proxy settings, "
-    "else its own proxy setting may, with the proxy of halton-meter init"
+    "keys, `halton-meter run --via proxy` if it follows proxy settings, else its own proxy setting "
+    "may, with the proxy of halton-meter init"
 )
 
 

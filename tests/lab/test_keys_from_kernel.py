@@ -1,7 +1,7 @@
 """That a probe can give the keys of a program that writes none: Go's, by the function that would.
 
-No product code does so. It is what a source of keys for forks of crypto/tls could rest on; what is
-known of other libraries stands in docs/capture.md.
+No product code does so: of such programs uprobes read the plaintext. It is the proof of what
+docs/capture.md says, where what is known of other libraries stands, too.
 """
 
 from __future__ import annotations

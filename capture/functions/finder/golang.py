@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -28,11 +28,13 @@ from capture.functions.go_functions import BEGINS
 from capture.functions.library import Function, Library, Probe, Proof
 from capture.functions.stacks import INSTEAD, STACKS, Stack
 
-READ, WRITE = "crypto/tls.(*Conn).Read", "crypto/tls.(*Conn).Write"
-CLOSE = "crypto/tls.(*Conn).Close"
+PACKAGE = "crypto/tls"
+READ, WRITE = f"{PACKAGE}.(*Conn).Read", f"{PACKAGE}.(*Conn).Write"
 
 _HANDSHAKE = re.compile(rb"\0([\w./%~+-]{1,200})\.\(\*Conn\)\.clientHandshake\0")
 """What every fork of crypto/tls has, under its own package."""
+FORKS_MAX = 3
+"""Of one program; each may have two kinds of connections."""
 
 FUNCTIONS_MAX = 2 << 20
 """Kubernetes has about 120,000."""
@@ -77,6 +79,14 @@ class ServerName:
     name: int
 
 
+# Of a fork nobody knows which version of crypto/tls it was made of, nor what it put into Config
+# (utls: ApplicationSettings, before the name). The kernel tries the places of 1.21, those one
+# pointer further and those of older ones, for a text that may be a host (GO_FORK, GO_WRAPPED in
+# probe.bpf.c).
+FORK_COOKIE = 1 << 48 | 80 << 32 | 128
+WRAPPED = 1 << 49
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """crypto/tls was found.
@@ -87,9 +97,7 @@ class Found:
     a call from its start to its RET (threads do not: a goroutine moves between them).
     """
 
-    read: GoFunction
-    write: GoFunction
-    close: GoFunction | None
+    all_functions: tuple[GoFunction, ...]  # Read, Write, and Close if it was found
     go_version: str | None
     server_name: ServerName | None
     build_id: str | None
@@ -97,10 +105,14 @@ class Found:
     machine: str
 
     @property
-    def all_functions(self) -> tuple[GoFunction, ...]:
-        """The two, and the third if it was found."""
-        found = (self.read, self.write)
-        return (*found, self.close) if self.close is not None else found
+    def read(self) -> GoFunction:
+        """`(*Conn).Read`."""
+        return self.all_functions[0]
+
+    @property
+    def write(self) -> GoFunction:
+        """`(*Conn).Write`."""
+        return self.all_functions[1]
 
     @property
     def functions(self) -> Mapping[str, int]:
@@ -109,50 +121,68 @@ class Found:
 
 
 def library(fd: int) -> Library | None:
-    """What to probe of crypto/tls in a Go program, or why not; None when it does not use it."""
-    found, fork = find_go_tls(fd), fork_in(fd)
-    beside = None if fork is None else Stack.GO_FORK
-    if isinstance(found, NotFound):
-        if found.absent and fork is not None:
-            advice = STACKS[Stack.GO_FORK].advice
-            return Library(Stack.GO_FORK, (), found.build_id, f"{fork}: {advice}")
-        if found.absent:
-            return None
-        return Library(Stack.GO, (), found.build_id, f"{found.reason}; {INSTEAD}")
-    probes: list[Probe] = []
-    for function, name in ((found.write, "write"), (found.read, "read")):
-        probes.append(Probe(f"enter_go_{name}", function.offset))
-        probes += [Probe(f"leave_go_{name}", offset) for offset in function.returns]
-    if found.close is not None:
-        probes.append(Probe("enter_go_close", found.close.offset))
-    functions = tuple(
-        Function(each.offset, Proof.GO, each.row, each.size_bytes) for each in found.all_functions
-    )
-    name_at = found.server_name
-    cookie = name_at.config << 32 | name_at.name if name_at else 0
-    return Library(
-        Stack.GO,
-        tuple(probes),
-        found.build_id,
-        cookie=cookie,
-        beside=beside,
-        functions=functions,
-    )
+    """What to probe of crypto/tls and its forks in a Go program, or why not.
 
-
-def fork_in(fd: int) -> str | None:
-    """The package of a fork of crypto/tls in a Go program; None when there is none.
-
-    A fork of it for QUIC is none: it passes no plaintext.
+    None when it uses none of them.
     """
+    found, forks = find_go_tls(fd), forks_in(fd)
+    probed = [fork for fork in forks if fork.probes]
+    if isinstance(found, Found):
+        name_at = found.server_name
+        cookie = name_at.config << 32 | name_at.name if name_at else 0
+        own = _library(Stack.GO, found.all_functions, found.build_id, cookie)
+        beside = Stack.GO_FORK if len(probed) < len(forks) else None
+        return replace(own, beside=beside, others=tuple(probed))
+    if not found.absent:
+        unknown = Library(Stack.GO, (), found.build_id, f"{found.reason}; {INSTEAD}")
+        return replace(probed[0], others=(*probed[1:], unknown)) if probed else unknown
+    if not forks:
+        return None
+    first, *others = probed or forks[:1]
+    return replace(first, others=tuple(others))
+
+
+def _library(
+    stack: Stack, found: Iterable[GoFunction], build_id: str | None, cookie: int
+) -> Library:
+    probes: list[Probe] = []
+    functions = tuple(found)
+    # The order in which they are attached: a client's first bytes are its request.
+    for function in sorted(functions, key=lambda each: not each.name.endswith("Write")):
+        name = function.name.rpartition(".")[2].lower()
+        probes.append(Probe(f"enter_go_{name}", function.offset))
+        if name != "close":
+            probes += [Probe(f"leave_go_{name}", offset) for offset in function.returns]
+    proved = tuple(Function(each.offset, Proof.GO, each.row, each.size_bytes) for each in functions)
+    return Library(stack, tuple(probes), build_id, cookie=cookie, functions=proved)
+
+
+def forks_in(fd: int) -> list[Library]:
+    """The forks of crypto/tls in a Go program; those without probes have a reason.
+
+    A fork has the functions of crypto/tls under its own package. Its clients may have methods of
+    their own on a `UConn`, which begins with a pointer to the `Conn` (utls): a library of its own,
+    as its probes must be told so. A fork of crypto/tls for QUIC is none: it passes no plaintext.
+    """
+    libraries: list[Library] = []
     with suppress(ElfError), Elf(fd) as elf:
         for table in _tables(elf):
-            start, end = table.names
-            for match in _HANDSHAKE.finditer(elf.read_at(start, end - start)):
-                package = match[1].decode("ascii")
-                if package != "crypto/tls" and "qtls" not in package:
-                    return package
-    return None
+            for package in islice(table.forks(), FORKS_MAX):
+                libraries += _fork(table, package, elf.build_id)
+    return libraries
+
+
+def _fork(table: _Table, package: str, build_id: str | None) -> list[Library]:
+    try:
+        own = table.methods(f"{package}.(*Conn)", ("Read", "Write", "Close"))
+    except (Ambiguous, ImportError) as problem:
+        reason = f"{package}: {problem}; {STACKS[Stack.GO_FORK].advice}"
+        return [Library(Stack.GO_FORK, (), build_id, reason)]
+    found = [_library(Stack.GO_FORK, own, build_id, FORK_COOKIE)]
+    with suppress(Ambiguous):  # it has none, or calls those of Conn
+        clients = table.methods(f"{package}.(*UConn)", ("Write", "Read", "Close"), needed=1)
+        found.append(_library(Stack.GO_FORK, clients, build_id, FORK_COOKIE | WRAPPED))
+    return found
 
 
 def find_go_tls(file: str | Path | int) -> Found | NotFound:
@@ -165,11 +195,8 @@ def find_go_tls(file: str | Path | int) -> Found | NotFound:
         with Elf(file) as elf:
             build_id = elf.build_id
             version = go_version(elf)
-            read, write, close = _find(elf, version)
             return Found(
-                read,
-                write,
-                close,
+                _find(elf, version),
                 version,
                 _server_name(version),
                 build_id,
@@ -212,22 +239,19 @@ def _pointed_at(elf: Elf, pointer: int) -> bytes:
     return elf.read_at(data, min(length, 127))
 
 
-def _find(elf: Elf, version: str | None) -> tuple[GoFunction, GoFunction, GoFunction | None]:
+def _find(elf: Elf, version: str | None) -> tuple[GoFunction, ...]:
     if version is not None and (_minor(version) or 18) < 18:
         if not any(elf.find(READ.encode() + b"\0")):
             raise Absent(f"the program has no {READ}: it does not use crypto/tls")
         raise Ambiguous(f"{version} passes arguments on the stack; 1.18 is the first one probed")
-    problems = []
+    problems: list[Ambiguous] = []
     for table in _tables(elf):
         try:
-            read, write = table.function(READ), table.function(WRITE)
-            with suppress(Ambiguous):  # without it a connection ends with its process
-                return read, write, table.function(CLOSE)
-            return read, write, None
+            return table.methods(f"{PACKAGE}.(*Conn)", ("Read", "Write", "Close"))
         except Ambiguous as problem:
             problems.append(problem)
     if problems:
-        raise Ambiguous(problems[0])
+        raise problems[0]
     raise Ambiguous("no Go function table" if version else "not a Go program")
 
 
@@ -283,6 +307,25 @@ class _Table:
         if len(rows) != 1:
             raise Ambiguous(f"{len(rows)} functions are called {name}")
         return self._checked(name, *rows[0])
+
+    def methods(self, of: str, names: Sequence[str], needed: int = 2) -> tuple[GoFunction, ...]:
+        """Methods of a type; those past the first `needed` only where they are found.
+
+        Without Close a connection ends with its process. Raises Ambiguous.
+        """
+        found = [self.function(f"{of}.{name}") for name in names[:needed]]
+        for name in names[needed:]:
+            with suppress(Ambiguous):
+                found.append(self.function(f"{of}.{name}"))
+        return tuple(found)
+
+    def forks(self) -> Iterator[str]:
+        """The packages of forks of crypto/tls."""
+        start, end = self.names
+        for match in _HANDSHAKE.finditer(self.elf.read_at(start, end - start)):
+            package = match[1].decode("ascii")
+            if package != PACKAGE and "qtls" not in package:
+                yield package
 
     def _name_offset(self, name: str) -> int:
         start, end = self.names

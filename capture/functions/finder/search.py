@@ -42,14 +42,13 @@ def find_by_structure(fd: int) -> Library | None:
 
 
 def _together(found: list[Library]) -> Library | None:
-    """The first that can be probed, with the others: rustls as often as it is there, one besides.
+    """The first that can be probed, with the others: rustls as often as it is there.
 
-    Of those that cannot, a stack beside rustls is named once.
+    Of those that cannot, a stack beside rustls is named once, where none besides can.
     """
     rustls = [each for each in found if each.stack is Stack.RUSTLS]
-    besides = sorted(
-        (each for each in found if each.stack is not Stack.RUSTLS), key=lambda each: not each.probes
-    )[:1]
+    besides = [each for each in found if each.stack is not Stack.RUSTLS]
+    besides = [each for each in besides if each.probes] or besides[:1]
     first, *others = sorted((*besides, *rustls), key=lambda each: not each.probes) or (None,)
     return None if first is None else replace(first, others=tuple(others[:OTHERS_MAX]))
 

@@ -9,6 +9,7 @@ import os
 import random
 import struct
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,20 @@ import capstone
 import pytest
 
 from capture.functions.elf import Elf
-from capture.functions.finder.golang import READ, WRITE, Found, ServerName, find_go_tls, library
+from capture.functions.finder.golang import (
+    FORK_COOKIE,
+    READ,
+    WRAPPED,
+    WRITE,
+    Found,
+    ServerName,
+    find_go_tls,
+    library,
+)
 from capture.functions.finder.not_found import NotFound
+from capture.functions.library import Library
 from capture.functions.stacks import Stack
-from tests.support.go_programs import CODE, ENVIRONMENT, GO, go_program
+from tests.support.go_programs import CODE, ENVIRONMENT, GO, as_fork, go_program
 from tests.support.quick import slow
 
 SOURCE = CODE / "go_client"
@@ -136,6 +147,9 @@ def test_a_go_program_without_tls_says_so() -> None:
     answer = find_go_tls(tool)
     assert isinstance(answer, NotFound)
     assert "does not use crypto/tls" in answer.reason
+    assert answer.absent
+    with tool.open("rb") as file:
+        assert library(file.fileno()) is None
 
 
 def test_a_program_that_is_not_go_says_so() -> None:
@@ -205,23 +219,57 @@ def test_damage_never_raises(programs: dict[str, Path], tmp_path: Path) -> None:
         assert isinstance(answer, Found) or answer.reason
 
 
+def library_of(path: Path) -> Library:
+    with path.open("rb") as file:
+        found = library(file.fileno())
+    assert found is not None
+    return found
+
+
 @needs_go
-def test_a_fork_of_gos_own_tls_is_told_beside_it(programs: dict[str, Path], tmp_path: Path) -> None:
-    """utls and its like have the handshake of crypto/tls under a package of their own."""
-    with programs["stripped"].open("rb") as file:
-        own = library(file.fileno())
-    assert own is not None
-    assert (own.stack, own.beside) == (Stack.GO, None)
+def test_a_fork_of_crypto_tls_is_found_by_its_own_package(
+    programs: dict[str, Path], tmp_path: Path
+) -> None:
+    """utls and its like have the functions of crypto/tls under a package of their own."""
+    own = library_of(programs["stripped"])
+    assert (own.stack, own.beside, own.others) == (Stack.GO, None, ())
+    assert own.cookie in (72 << 32 | 128, 80 << 32 | 128)
+    fork = library_of(as_fork(programs["stripped"], tmp_path / "fork"))
+    assert fork == replace(own, stack=Stack.GO_FORK, cookie=FORK_COOKIE)
+
+
+@needs_go
+def test_a_fork_without_what_is_probed_is_told_beside(
+    programs: dict[str, Path], tmp_path: Path
+) -> None:
+    own = library_of(programs["stripped"])
     code = programs["stripped"].read_bytes()
     name = b"\0crypto/tls.(*Conn).clientHandshake\0"
     assert code.count(name) == 1
     forked = tmp_path / "forked"
     forked.write_bytes(code.replace(name, name.replace(b"crypto/tls", b"a.org/utls")))
-    with forked.open("rb") as file:
-        found = library(file.fileno())
-    assert found is not None
-    assert (found.stack, found.beside, found.probes) == (Stack.GO, Stack.GO_FORK, own.probes)
+    assert library_of(forked) == replace(own, beside=Stack.GO_FORK)
     quic = tmp_path / "quic"
     quic.write_bytes(code.replace(name, name.replace(b"crypto/tls", b"a.org/qtls")))
-    with quic.open("rb") as file:
-        assert library(file.fileno()) == own
+    assert library_of(quic) == own
+
+
+@needs_go
+def test_a_client_s_own_methods_are_a_library_of_their_own(
+    programs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of utls' UConn, whose receiver is another one: here names of functions of that length."""
+    code = programs["stripped"].read_bytes()
+    name = b"\0crypto/tls.(*Config).writeKeyLog\0"
+    assert code.count(name) == 1
+    wrapped = tmp_path / "wrapped"
+    wrapped.write_bytes(
+        code.replace(b"\0crypto/tls.(*Conn).", b"\0a.org/utls.(*Conn).").replace(
+            name, b"\0a.org/utls.(*UConn).Write\0".ljust(len(name), b"\0")
+        )
+    )
+    first, client = library_of(wrapped), library_of(wrapped).others[0]
+    assert (first.stack, first.cookie, client.stack) == (Stack.GO_FORK, FORK_COOKIE, Stack.GO_FORK)
+    assert client.cookie == FORK_COOKIE | WRAPPED
+    assert {probe.program for probe in client.probes} == {"enter_go_write", "leave_go_write"}
+    assert client.probes[0].offset not in {probe.offset for probe in first.probes}

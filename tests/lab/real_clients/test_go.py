@@ -16,11 +16,12 @@ from typing import NamedTuple
 import pytest
 
 from capture.functions.elf import Elf
-from capture.functions.finder.golang import CLOSE, READ, WRITE, Found, ServerName, find_go_tls
+from capture.functions.finder.golang import PACKAGE, READ, WRITE, Found, ServerName, find_go_tls
 from tests.lab.conftest import Bench
 from tests.lab.real_clients.programs import TOOLCHAINS, Program, Unavailable, fetched
 from tests.lab.real_clients.results import note
 from tests.lab.real_clients.test_metered import exact, recognised
+from tests.support.go_programs import as_fork
 from tests.support.quick import slow
 
 pytestmark = pytest.mark.lab
@@ -80,11 +81,16 @@ def toolchain(program: Program | None) -> Toolchain:
     return Toolchain(str(go), environment | {"GOROOT": str(go.parents[1])})
 
 
-def metered(bench: Bench, used: Toolchain, way: str, mode: tuple[str, ...]) -> None:
+def metered(
+    bench: Bench, used: Toolchain, way: str, mode: tuple[str, ...], forked: bool = False
+) -> None:
     """Three exchanges of a client built that way are exact."""
     version = used.run(Path("go_client"), "env", "GOVERSION").removeprefix("go")
-    folder = bench.lab.folder / "programs" / "-".join(("go", version, way, *mode))
+    kind = "fork" if forked else "go"
+    folder = bench.lab.folder / "programs" / "-".join((kind, version, way, *mode))
     program = used.build(folder / "client", way)
+    if forked:
+        program = as_fork(program, folder / "fork")
     for path in (program, folder, folder.parent):
         path.chmod(0o755)
     recognised(bench, program)
@@ -95,13 +101,25 @@ def metered(bench: Bench, used: Toolchain, way: str, mode: tuple[str, ...]) -> N
     seen = bench.observe(argv, env=lab)
     exact(seen, 3)
     assert {line["http"] for line in seen.served} == {"http/2" if mode else "http/1.1"}
-    note("Go net/http", version, "crypto/tls, stripped")
+    if not forked:
+        note("Go net/http", version, "crypto/tls, stripped")
 
 
 @pytest.mark.parametrize("mode", [(), ("http2",)], ids=["http1", "http2"])
 @pytest.mark.parametrize("way", ["stripped", slow("pie")])
 def test_a_go_client_is_metered(bench: Bench, way: str, mode: tuple[str, ...]) -> None:
     metered(bench, toolchain(None), way, mode)
+
+
+@pytest.mark.parametrize("mode", [(), slow(("http2",))], ids=["http1", "http2"])
+def test_a_client_with_a_fork_of_crypto_tls_is_metered(bench: Bench, mode: tuple[str, ...]) -> None:
+    metered(bench, toolchain(None), "stripped", mode, forked=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", TOOLCHAINS, ids=str)
+def test_forks_of_other_versions_are_metered(bench: Bench, program: Program) -> None:
+    metered(bench, toolchain(program), "stripped", ("http2",), forked=True)
 
 
 @pytest.mark.slow
@@ -119,7 +137,8 @@ def test_every_way_to_link_is_recognised(program: Program, tmp_path: Path) -> No
     used = toolchain(program)
     plain = used.build(tmp_path / "plain", "plain")
     with Elf(plain) as elf:
-        named = {s.name: elf.offset_of(s.address) for s in elf.symbols((READ, WRITE, CLOSE))}
+        wanted = (READ, WRITE, f"{PACKAGE}.(*Conn).Close")
+        named = {s.name: elf.offset_of(s.address) for s in elf.symbols(wanted)}
     found = find_go_tls(plain)
     assert isinstance(found, Found), found
     assert dict(found.functions) == named
