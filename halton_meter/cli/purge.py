@@ -27,7 +27,8 @@ from halton_meter.cli.output import (
 from halton_meter.cli.selection import moment, now_ns, store_problems
 from halton_meter.contract import rfc3339, usd_text
 from halton_meter.problem import Problem
-from halton_meter.store import NothingStored, Older, Purged, Store
+from halton_meter.store import NothingStored, Store
+from halton_meter.store.purging import Older, Purged
 
 _MEGABYTE = 1_000_000
 

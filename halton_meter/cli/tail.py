@@ -37,9 +37,9 @@ from halton_meter.cli.output import (
 from halton_meter.cli.selection import now_ns, read_selection, selection_options, store_problems
 from halton_meter.contract import event_json
 from halton_meter.model import Outcome, PricedEvent, client_of
-from halton_meter.store import Follower, Selection
+from halton_meter.store import Selection
 from halton_meter.store.errors import NOTHING
-from halton_meter.store.following import ended_ns
+from halton_meter.store.following import Follower, ended_ns
 
 LATEST = 10
 # How long a request that has ended may wait to be printed.

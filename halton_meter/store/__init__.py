@@ -17,10 +17,8 @@ from halton_meter.store.errors import (
     StoreError,
     StoreUnusable,
 )
-from halton_meter.store.following import Follower
-from halton_meter.store.intake import Flushed
+from halton_meter.store.journal import Flushed
 from halton_meter.store.keys import account_key, known_account_key
-from halton_meter.store.purging import Older, Purged
 from halton_meter.store.reader import Reader, Selection
 from halton_meter.store.store import Repriced, Retagged, Store
 
@@ -28,10 +26,7 @@ __all__ = [
     "DatabaseDamaged",
     "DatabaseTooNew",
     "Flushed",
-    "Follower",
     "NothingStored",
-    "Older",
-    "Purged",
     "Reader",
     "Repriced",
     "Retagged",

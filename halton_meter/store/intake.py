@@ -12,14 +12,13 @@ from __future__ import annotations
 import contextlib
 import time
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halton_meter.store.callers import callers_said, keep_callers
 from halton_meter.store.driver import driver, quoted
 from halton_meter.store.home import private_file, private_log
-from halton_meter.store.journal import checked
+from halton_meter.store.journal import Flushed, checked
 from halton_meter.store.limits import insert_limits, line_types
 from halton_meter.store.rollup import DAY_NS, unroll
 from halton_meter.store.rows import json_types
@@ -28,36 +27,6 @@ from halton_meter.store.settling import learn, settle
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
-
-
-@dataclass(frozen=True, slots=True)
-class Flushed:
-    """What one flush did: events `stored`, `repeated` (already there), still `waiting` in the
-    journal, and journal lines `damaged`. `reason` says why events wait; None when none does, or
-    only such as another process still writes, which moves them itself. `busy`: what they wait for
-    is another process's end with the database, which is no trouble unless it lasts. `expired`:
-    events that were deleted as they were older than is to be kept.
-    """
-
-    stored: int = 0
-    repeated: int = 0
-    waiting: int = 0
-    damaged: int = 0
-    reason: str | None = None
-    busy: bool = False
-    expired: int = 0
-
-    def __add__(self, other: Flushed) -> Flushed:
-        """Both together; what waits, and why, is as `other` found it."""
-        return Flushed(
-            self.stored + other.stored,
-            self.repeated + other.repeated,
-            other.waiting,
-            self.damaged + other.damaged,
-            other.reason,
-            other.busy,
-            self.expired + other.expired,
-        )
 
 
 def move_segment(connection: DuckDBPyConnection, path: Path) -> Flushed:

@@ -21,7 +21,7 @@ import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,36 @@ _COVERAGE_MARK = b',"seen_connections":'
 _LIMIT_MARK = b',"limit_window":'
 _MARKS = (_LOSS_MARK, _COVERAGE_MARK, _LIMIT_MARK)
 _MARK_BYTES_MAX = max(map(len, _MARKS))
+
+
+@dataclass(frozen=True, slots=True)
+class Flushed:
+    """What one flush did: events `stored`, `repeated` (already there), still `waiting` in the
+    journal, and journal lines `damaged`. `reason` says why events wait; None when none does, or
+    only such as another process still writes, which moves them itself. `busy`: what they wait for
+    is another process's end with the database, which is no trouble unless it lasts. `expired`:
+    events that were deleted as they were older than is to be kept.
+    """
+
+    stored: int = 0
+    repeated: int = 0
+    waiting: int = 0
+    damaged: int = 0
+    reason: str | None = None
+    busy: bool = False
+    expired: int = 0
+
+    def __add__(self, other: Flushed) -> Flushed:
+        """Both together; what waits, and why, is as `other` found it."""
+        return Flushed(
+            self.stored + other.stored,
+            self.repeated + other.repeated,
+            other.waiting,
+            self.damaged + other.damaged,
+            other.reason,
+            other.busy,
+            self.expired + other.expired,
+        )
 
 
 class Journal:

@@ -41,8 +41,8 @@ from halton_meter.store.errors import (
     first_line,
 )
 from halton_meter.store.home import Home, private_file
-from halton_meter.store.intake import Flushed, move_segment
 from halton_meter.store.journal import (
+    Flushed,
     Journal,
     coverage_id,
     coverage_line,
@@ -51,7 +51,6 @@ from halton_meter.store.journal import (
     loss_line,
 )
 from halton_meter.store.limits import LimitLines, trim_limits
-from halton_meter.store.purging import Older, Purged, delete, expire, older
 from halton_meter.store.reader import Reader, Selection
 from halton_meter.store.rollup import DAY_NS, roll, unroll
 from halton_meter.store.rows import dumps, json_types, same_price, sum_values
@@ -59,6 +58,8 @@ from halton_meter.store.schema import PRICE_COLUMNS, REVISED_COLUMNS
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
+
+    from halton_meter.store.purging import Older, Purged
 
 
 # What tells one kind of process from another, of what is stored: its project, and what rules ask
@@ -308,6 +309,8 @@ class Store:
         Raises what `reading` raises. That the file cannot be made smaller is no error: what was to
         be deleted is, and `Purged.trouble` has the reason.
         """
+        from halton_meter.store.purging import Purged, delete, older
+
         self.flush()
         with self.reading() as reader:
             found = older(reader, before_ns)
@@ -399,6 +402,8 @@ class Store:
 
     def _move_segments(self, connection: DuckDBPyConnection) -> Flushed:
         """Only called with the database open for writing, which is what keeps two flushes apart."""
+        from halton_meter.store.intake import move_segment  # a reader pays nothing for it
+
         self._journal.seal()
         done = Flushed()
         for path in self._journal.segments():
@@ -448,6 +453,8 @@ class Store:
 
 def _expire(connection: DuckDBPyConnection, keep_from_ns: int) -> int:
     """Delete what is older; what cannot be deleted now can be at the next flush."""
+    from halton_meter.store.purging import expire
+
     with contextlib.suppress(driver().Error):
         return expire(connection, keep_from_ns)
     return 0

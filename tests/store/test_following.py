@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from halton_meter.model import Outcome, PricedEvent, Source, Traits
-from halton_meter.store import Flushed, Follower, Selection, Store, following
+from halton_meter.store import Flushed, Selection, Store, following
 from halton_meter.store.driver import driver
+from halton_meter.store.following import Follower
 from halton_meter.store.journal import SEGMENT_SUFFIX, event_line
 from tests.support.made import ASKED, DISTINCT_EVENTS, made
 

@@ -29,7 +29,8 @@ from halton_meter.statusline.snapshot import (
     table,
     text,
 )
-from halton_meter.store import Follower, StoreError
+from halton_meter.store import StoreError
+from halton_meter.store.following import Follower
 from halton_meter.store.reader import Selection
 
 # Whoever meters answers within milliseconds, or is busy with what matters more.
