@@ -99,14 +99,14 @@ def _refuse_unreadable(account: Account) -> None:
     import click
 
     import halton_meter
+    from halton_meter import installed
 
     for file in (sys.executable, os.__file__, click.__file__, halton_meter.__file__):
         if not os.access(file, os.R_OK):
             raise ConfigError(
                 f"this command acts as {account.name}, who cannot read {file}: Halton Meter is "
                 "installed where only root can read",
-                "sudo python3 -m venv /opt/halton-meter && "
-                "sudo /opt/halton-meter/bin/pip install halton-meter",
+                installed.for_root(),
             )
 
 

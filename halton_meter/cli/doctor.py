@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from halton_meter import installed
 from halton_meter.cli.output import complain, count, fail, print_json, say, styled, wrong_usage
 from halton_meter.problem import Problem, Unavailable
 
@@ -203,7 +204,7 @@ def _installed() -> Iterator[Finding]:
 
     if runs_from_cache():
         what = f"runs from uv's cache ({sys.prefix}), which uv may empty"
-        yield Finding("installation", False, what, "uv tool install halton-meter")
+        yield Finding("installation", False, what, f"uv tool install {installed.requirement()}")
 
 
 def _settings(home: Path) -> Iterator[Finding]:

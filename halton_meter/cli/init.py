@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from halton_meter import installed
 from halton_meter.cli.configured import require_sound
 from halton_meter.cli.output import fail, note, print_json, say, wrong_usage
 from halton_meter.problem import Problem
@@ -225,7 +226,7 @@ def _print_result(
     say(f"init complete, mode: {mode}" + ("" if changed else "; nothing changed"))
     if init_uprobes.runs_from_cache():
         say("  warning: this runs from uv's cache, which uv may empty; then the service stops.")
-        say("  fix: uv tool install halton-meter && halton-meter init")
+        say(f"  fix: uv tool install {installed.requirement()} && halton-meter init")
     if changed:
         where = "Open a new terminal, or in this one" if choice.shell_rc else "In each terminal"
         say(f"  {where}: {sourced_here(machine)}")

@@ -8,6 +8,7 @@ is the way where uprobes cannot work, and where there is no root.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from halton_meter import __version__
+from halton_meter import installed
 from halton_meter.cli import systemd_unit
 from halton_meter.cli.output import count, fail, note, print_json, say
 from halton_meter.problem import Problem
@@ -149,8 +150,8 @@ def install_for_good(arguments: Sequence[str], *, ask: bool) -> None:
     Where that cannot be done, a line says so and this goes on from the cache.
     """
     uv = shutil.which("uv")
-    command = [uv or "uv", "tool", "install", f"halton-meter=={__version__}"]
-    words = " ".join(["uv", *command[1:]])
+    what = installed.requirement()
+    command, words = [uv or "uv", "tool", "install", *shlex.split(what)], f"uv tool install {what}"
     if uv is None:
         note(
             "this runs from uv's cache, which uv may empty; then the service stops. Later: " + words

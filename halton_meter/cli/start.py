@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from halton_meter import untrusted
+from halton_meter import installed, untrusted
 from halton_meter.cli import systemd_unit
 from halton_meter.cli.output import fail, harmless_lines, note
 from halton_meter.cli.systemd_unit import UNIT_NAME, UNIT_PATH, has_systemd, run_quietly
@@ -125,8 +125,7 @@ def start_probes(
     if (changeable := own_code.changeable_by_others()) is not None:
         note(
             f"warning: root will execute {changeable}, which non-root users can modify. Safer:\n"
-            "  sudo python3 -m venv /opt/halton-meter && "
-            "sudo /opt/halton-meter/bin/pip install halton-meter"
+            f"  {installed.for_root()}"
         )
     if has_systemd():
         _start_unit(unit, home, account.uid)

@@ -19,17 +19,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from halton_meter import __version__
+from halton_meter import __version__, installed
 from halton_meter.problem import Problem
 
 PACKAGES = ("halton_meter", "capture", "proxy_fallback", "pricing")
 # What Python or root's helper runs: modules, and the kernel's program with its source.
 _CODE = (".py", ".o", ".c")
 _ELSEWHERE = "unset PYTHONPATH, and run it from another folder"
-_AWAY = (
-    "install it alone: sudo python3 -m venv /opt/halton-meter && "
-    "sudo /opt/halton-meter/bin/pip install halton-meter"
-)
+
+
+def _away() -> str:
+    return f"install it alone: {installed.for_root()}"
 
 
 def problems() -> list[Problem]:
@@ -43,12 +43,12 @@ def problems() -> list[Problem]:
         found = _folder(name, isolated_path())
         if found is None:
             what = f"root's processes would not find {place / name}: they ignore PYTHONPATH and ~"
-            return [Problem(what, _AWAY)]
+            return [Problem(what, _away())]
         if found != place / name:
-            return [_foreign(found, _AWAY)]
+            return [_foreign(found, _away())]
     if (changed := _unlike_its_record(place)) is not None:
         what = f"root would run {changed}, which has changed since Halton Meter was installed"
-        return [Problem(what, _AWAY)]
+        return [Problem(what, _away())]
     return []
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from halton_meter import accounts
+from halton_meter import accounts, installed
 from halton_meter.cli import _for_init, init, init_uprobes, main, quiet, start
 from halton_meter.problem import Problem
 from proxy_fallback.setup.ledger import Ledger
@@ -215,7 +215,7 @@ def test_what_cannot_be_installed_goes_on_from_the_cache(
     monkeypatch.setattr(init_uprobes, "runs_from_cache", lambda: True)
     monkeypatch.setattr(init_uprobes.shutil, "which", lambda name: None)
     done = run(typed="1\ny\n")
-    assert "Later: uv tool install halton-meter==" in done.stderr
+    assert f"Later: uv tool install {installed.requirement()}" in done.stderr
     assert started.commands[0][0] == "sudo"
 
 
