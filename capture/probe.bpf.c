@@ -2583,16 +2583,17 @@ INLINE void rustls_sent_alert(struct key *key, struct rustls *known)
 	ring_submit(record);
 }
 
-/* It is counted as sent by now, and is not: nobody is told before the process goes on. */
-INLINE void rustls_may_pause(struct key *key, struct rustls *known, struct rustls_message *m)
+/* It is counted as sent by now, and is not: nobody is told before the process goes on. `pieces` and
+ * `from` are those of the message as it came: to copy it moves its own on. */
+INLINE void rustls_may_pause(struct key *key, struct rustls *known, u64 pieces, u64 from)
 {
 	struct key id = {.ssl = known->id, .tgid = key->tgid};
 	struct piece piece;
 	struct connection *c = known->state == RUSTLS_ADMITTED ? connections_get(&id) : 0;
 
-	if (!c || bpf_probe_read_user(&piece, sizeof(piece), (void *)m->pieces) || m->from > piece.length)
+	if (!c || bpf_probe_read_user(&piece, sizeof(piece), (void *)pieces) || from > piece.length)
 		return;
-	pause_before_request(&id, c, piece.address + m->from, piece.length - m->from);
+	pause_before_request(&id, c, piece.address + from, piece.length - from);
 }
 
 SECTION("uprobe/enter_rustls_send") int enter_rustls_send(struct registers *r)
@@ -2627,6 +2628,7 @@ SECTION("uprobe/enter_rustls_send") int enter_rustls_send(struct registers *r)
 		return 0;
 	}
 	u32 number = cookie & COOKIE_FILE;
+	u64 pieces = m.pieces, from = m.from;
 	struct name_location *p = name_locations_get(&number);
 	if (m.content == RUSTLS_DATA)
 		rustls_sent_data(&key, known, &layer, base, &m, cookie);
@@ -2638,7 +2640,7 @@ SECTION("uprobe/enter_rustls_send") int enter_rustls_send(struct registers *r)
 		rustls_senders_set(&ids, &sender);
 	}
 	if (m.content == RUSTLS_DATA) {
-		rustls_may_pause(&key, known, &m);
+		rustls_may_pause(&key, known, pieces, from);
 		if (known->by_request)
 			learn_by_request(&key, known, base, cookie);
 	} else if (m.content == RUSTLS_HANDSHAKE) {

@@ -21,9 +21,17 @@ MESSAGES, CHAT = (
 )
 CLAUDE, GPT = "claude-haiku-4-5", "gpt-5-mini"
 PROMPT = "say lab[n=3&chunks=4]"
-BODY = json.dumps(
-    {"model": CLAUDE, "max_tokens": 100, "messages": [{"role": "user", "content": PROMPT}]}
-).encode()
+ASKED: dict[str, Any] = {
+    "model": CLAUDE,
+    "max_tokens": 100,
+    "messages": [{"role": "user", "content": PROMPT}],
+}
+if "ANSWER_SLOWLY" in os.environ:  # as models do
+    ASKED |= {
+        "stream": True,
+        "messages": [{"role": "user", "content": PROMPT[:-1] + "&delay_ms=20]"}],
+    }
+BODY = json.dumps(ASKED).encode()
 HEADERS = {"content-type": "application/json", "x-api-key": "made-up"}
 ROOTS = os.environ["SSL_CERT_FILE"]
 HEAD = (
