@@ -5,10 +5,7 @@ Its name alone says nothing: an index may have another program of that name.
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import shlex
-from urllib.parse import unquote, urlsplit
 
 from halton_meter import __version__
 
@@ -20,6 +17,10 @@ def requirement() -> str:
 
     The file, folder or repository that it was installed from (PEP 610), else name and version.
     """
+    import importlib.metadata  # with its like it takes longer than all else of some commands
+    import json
+    from urllib.parse import unquote, urlsplit
+
     try:
         text = importlib.metadata.distribution(NAME).read_text("direct_url.json")
         found = json.loads(text or "{}")
@@ -30,6 +31,11 @@ def requirement() -> str:
         return shlex.quote(f"{NAME} @ git+{url}@{commit}")
     parts = urlsplit(url)
     return shlex.quote(unquote(parts.path) if parts.scheme == "file" else url)
+
+
+def update(more: str = "") -> str:
+    """What a person does to have a newer version, whatever it was installed from."""
+    return f"Install a newer Halton Meter{more}. This one was installed as {requirement()}"
 
 
 def for_root() -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halton_meter import installed
 from halton_meter.store.driver import driver
 from halton_meter.store.errors import (
     DatabaseDamaged,
@@ -188,7 +189,7 @@ class Database:
         if any(sign in text for sign in ("version number", "newer version", "storage version")):
             return DatabaseTooNew(
                 f"{path} was written by a newer DuckDB: {first_line(error)}. "
-                "Update: pip install -U halton-meter duckdb"
+                f"{installed.update(' and DuckDB')}."
             )
         if any(
             sign in text

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from halton_meter import installed
 from halton_meter.model import CALLER_NAMES, TOKEN_NAMES
 from halton_meter.store.driver import driver
 from halton_meter.store.errors import DatabaseTooNew
@@ -347,7 +348,7 @@ def _migrate(connection: DuckDBPyConnection, newest: int) -> None:
     if version > len(MIGRATIONS):
         raise DatabaseTooNew(
             f"The database has schema version {version}, this program knows {len(MIGRATIONS)}. "
-            "Update: pip install -U halton-meter"
+            f"{installed.update()}."
         )
     if version >= newest:
         return

@@ -16,6 +16,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -126,20 +127,18 @@ def library(fd: int) -> Library | None:
     None when it uses none of them.
     """
     found, forks = find_go_tls(fd), forks_in(fd)
-    probed = [fork for fork in forks if fork.probes]
+    libraries = [fork for fork in forks if fork.probes]
+    beside = Stack.GO_FORK if len(libraries) < len(forks) else None
     if isinstance(found, Found):
         name_at = found.server_name
         cookie = name_at.config << 32 | name_at.name if name_at else 0
-        own = _library(Stack.GO, found.all_functions, found.build_id, cookie)
-        beside = Stack.GO_FORK if len(probed) < len(forks) else None
-        return replace(own, beside=beside, others=tuple(probed))
-    if not found.absent:
-        unknown = Library(Stack.GO, (), found.build_id, f"{found.reason}; {INSTEAD}")
-        return replace(probed[0], others=(*probed[1:], unknown)) if probed else unknown
-    if not forks:
+        libraries.insert(0, _library(Stack.GO, found.all_functions, found.build_id, cookie))
+    elif not found.absent:
+        libraries.append(Library(Stack.GO, (), found.build_id, f"{found.reason}; {INSTEAD}"))
+    first, *others = libraries or forks[:1] or (None,)
+    if first is None:
         return None
-    first, *others = probed or forks[:1]
-    return replace(first, others=tuple(others))
+    return replace(first, beside=beside if first.probes else None, others=tuple(others))
 
 
 def _library(
@@ -176,7 +175,8 @@ def _fork(table: _Table, package: str, build_id: str | None) -> list[Library]:
     try:
         own = table.methods(f"{package}.(*Conn)", ("Read", "Write", "Close"))
     except (Ambiguous, ImportError) as problem:
-        reason = f"{package}: {problem}; {STACKS[Stack.GO_FORK].advice}"
+        why = "" if isinstance(problem, Absent) else f"{problem}; "
+        reason = f"{package}: {why}{STACKS[Stack.GO_FORK].advice}"
         return [Library(Stack.GO_FORK, (), build_id, reason)]
     found = [_library(Stack.GO_FORK, own, build_id, FORK_COOKIE)]
     with suppress(Ambiguous):  # it has none, or calls those of Conn
@@ -278,9 +278,9 @@ SERVER_NAME_MINOR_MAX = 27
 # --- the function table -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Table:
-    """A pclntab: where its parts are, as addresses."""
+    """A pclntab: where its parts are, as addresses; names and functions are read once."""
 
     elf: Elf
     text: int
@@ -291,12 +291,7 @@ class _Table:
     def function(self, name: str) -> GoFunction:
         """The one function of that name, its bounds and its returns. Raises Ambiguous."""
         wanted = struct.pack("<i", self._name_offset(name))
-        entries = memoryview(self.elf.read_at(self.functions, 8 * self.count + 4)).cast("I")
-        where = {entries[2 * index + 1]: index for index in range(self.count)}
-        last = max(where)
-        if last > TABLE_BYTES_MAX:
-            raise Ambiguous("the function table is larger than any known")
-        records = self.elf.read_at(self.functions, last + 8)
+        entries, where, records = self._functions
         rows: list[tuple[int, int, int]] = []
         at = records.find(wanted)
         while at >= 0:  # a record is its function's start, then its name: search for the name
@@ -307,6 +302,21 @@ class _Table:
         if len(rows) != 1:
             raise Ambiguous(f"{len(rows)} functions are called {name}")
         return self._checked(name, *rows[0])
+
+    @cached_property
+    def _functions(self) -> tuple[memoryview, dict[int, int], bytes]:
+        """Rows (start and record), the row of each record, and the records. Raises Ambiguous."""
+        entries = memoryview(self.elf.read_at(self.functions, 8 * self.count + 4)).cast("I")
+        where = {entries[2 * index + 1]: index for index in range(self.count)}
+        last = max(where)
+        if last > TABLE_BYTES_MAX:
+            raise Ambiguous("the function table is larger than any known")
+        return entries, where, self.elf.read_at(self.functions, last + 8)
+
+    @cached_property
+    def _name_bytes(self) -> bytes:
+        start, end = self.names
+        return self.elf.read_at(start, end - start)
 
     def methods(self, of: str, names: Sequence[str], needed: int = 2) -> tuple[GoFunction, ...]:
         """Methods of a type; those past the first `needed` only where they are found.
@@ -321,15 +331,13 @@ class _Table:
 
     def forks(self) -> Iterator[str]:
         """The packages of forks of crypto/tls."""
-        start, end = self.names
-        for match in _HANDSHAKE.finditer(self.elf.read_at(start, end - start)):
+        for match in _HANDSHAKE.finditer(self._name_bytes):
             package = match[1].decode("ascii")
             if package != PACKAGE and "qtls" not in package:
                 yield package
 
     def _name_offset(self, name: str) -> int:
-        start, end = self.names
-        data = self.elf.read_at(start, end - start)
+        data = self._name_bytes
         needle = b"\0" + name.encode() + b"\0"
         at = data.find(needle)
         if at < 0:
