@@ -23,6 +23,7 @@ from tests.kernel.conftest import (
     same_bytes,
 )
 from tests.kernel.test_relay import Relay
+from tests.support.tls_server import Heard
 from tests.support.waiting import wait_until
 
 Events = list[TlsChunk | TlsClosed]
@@ -59,9 +60,16 @@ def connected(client: Client) -> Client:
     return client
 
 
+def heard_by_server(bench: Bench) -> Heard:
+    """What the server has of the connection: under TLS 1.3 a client is connected before it is."""
+    (heard,) = wait_until(lambda: bench.server.heard_by(PROVIDER), "the server's handshake")
+    assert isinstance(heard, Heard)
+    return heard
+
+
 def test_it_waits_with_each_request_until_it_may_go_on(bench: Bench, source: UprobeSource) -> None:
     client = connected(bench.python("waits", source=source))
-    (heard,) = bench.server.heard_by(PROVIDER)
+    heard = heard_by_server(bench)
     events: Events = []
     named(source, client)
     for asked in range(3):
@@ -96,7 +104,7 @@ def test_what_is_not_to_go_on_is_left_to_who_holds_it(bench: Bench, source: Upro
     source.answer(client.process.pid, goes_on=False)
     source.stop()  # the helper lets go on whom it holds: no longer this one
     assert is_stopped(client)
-    (heard,) = bench.server.heard_by(PROVIDER)
+    heard = heard_by_server(bench)
     assert heard.received == b""
     os.kill(client.process.pid, signal.SIGCONT)
     assert client.line() == b"done\n"
@@ -129,7 +137,7 @@ def test_each_beginning_of_a_request_waits(bench: Bench, source: UprobeSource, n
     client.process.stdin.write(BEGINNINGS[name].encode() + b"\n")
     client.process.stdin.flush()
     assert paused(source, []) == [client.process.pid]
-    (heard,) = bench.server.heard_by(PROVIDER)
+    heard = heard_by_server(bench)
     assert heard.received == b""
     source.answer(client.process.pid, goes_on=True)
     assert client.line() == b"sent\n"
