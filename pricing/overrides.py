@@ -26,6 +26,7 @@ from typing import Any
 from halton_meter import toml_file
 from halton_meter.toml_file import Document, NotToml, nearest, shown_value
 from halton_meter.vocabulary import TOKEN_DIMENSIONS, UNITS
+from halton_meter.whole_file import replacing
 from pricing.names import canonical_provider
 from pricing.rates import PriceError, Rate, decimal_of, dimension, rates_of, row_of
 
@@ -36,6 +37,11 @@ _TABLE = "override"
 _KEYS = ("model", "provider", "from", "rates", "factor", "discount", "note")
 _WAY_OUT = "correct that, or drop all of your own prices: halton-meter pricing reset --all"
 _HUNDRED = Decimal(100)
+# What no price reaches: the dearest rate is $600 for a million tokens. More is a slip, and would
+# leave every sum of dollars that it is in without room.
+RATE_USD_MAX = Decimal(1_000_000)
+FACTOR_MAX = Decimal(1_000)
+DECIMALS_MAX = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,24 +169,32 @@ def _rates(table: Mapping[str, Any]) -> dict[str, Rate]:
             near = nearest(key, sorted(known))
             hint = f"; did you mean {near}?" if near else ""
             raise WrongOverride(f"{key}: nothing is billed by that name{hint}", "rates", key)
-        _amount(value, f"rates.{key}", "rates", key)
+        _amount(value, f"rates.{key}", RATE_USD_MAX, "rates", key)
         rates |= rates_of({**head, key: value, "note": "your override"}, "your override", "")
     return rates
 
 
-def _amount(value: object, where: str, *keys: str) -> Decimal:
+def _amount(value: object, where: str, most: Decimal, *keys: str) -> Decimal:
     try:
-        return decimal_of(value, where)
+        amount = decimal_of(value, where)
     except PriceError as error:
         raise WrongOverride(str(error), *keys) from None
+    if amount > most:
+        what = f"{where}: {shown_value(value)} is more than {most:,}, the most that is taken"
+        raise WrongOverride(what, *keys)
+    exponent = amount.as_tuple().exponent
+    if isinstance(exponent, int) and exponent < -DECIMALS_MAX:
+        what = f"{where}: {shown_value(value)} has more than {DECIMALS_MAX} decimals"
+        raise WrongOverride(what, *keys)
+    return amount
 
 
 def _factor(table: Mapping[str, Any]) -> Decimal | None:
     if "factor" in table:
-        return _amount(table["factor"], "factor", "factor")
+        return _amount(table["factor"], "factor", FACTOR_MAX, "factor")
     if "discount" in table:
         text = str(table["discount"]).strip().rstrip("%")
-        percent = _amount(text, "discount", "discount")
+        percent = _amount(text, "discount", RATE_USD_MAX, "discount")
         if percent > _HUNDRED:
             what = f"discount: {table['discount']} is more than the whole price"
             raise WrongOverride(what, "discount")
@@ -191,7 +205,8 @@ def _factor(table: Mapping[str, Any]) -> Decimal | None:
 def write(home: Path, overrides: Sequence[Override]) -> Path:
     """Write the overrides, replacing the file in one step. Raises PriceError, OSError.
 
-    What would not be read again is not written: it would take all prices of the person's away.
+    The file is its owner's alone. What would not be read again is not written: it would take all
+    prices of the person's away.
     """
     from pricing.history import toml_value
 
@@ -207,9 +222,8 @@ def write(home: Path, overrides: Sequence[Override]) -> Path:
         _overrides(toml_file.parsed(raw, FILE_NAME))
     except NotToml as error:
         raise PriceError(str(error)) from None
-    home.mkdir(parents=True, exist_ok=True)
+    home.mkdir(0o700, parents=True, exist_ok=True)
     path = home / FILE_NAME
-    partial = path.with_suffix(".toml.partial")
-    partial.write_bytes(raw)
-    os.replace(partial, path)
+    with replacing(Path(os.path.realpath(path))) as file:  # a link stays one
+        file.write(raw)
     return path

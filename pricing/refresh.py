@@ -126,15 +126,19 @@ def _write(files: dict[tuple[str, str], str], folder: Path) -> None:
     partial, old = folder.with_name("prices.partial"), folder.with_name("prices.old")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        shutil.copytree(folder, partial)
-    for (kind, provider), text in files.items():
-        path = partial / kind / f"{provider}.toml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
-        seal = partial / SEALS / f"{kind}-{provider}"
-        seal.parent.mkdir(exist_ok=True)
-        seal.write_bytes(sealed(text.encode()))
+    try:
+        if folder.exists():
+            shutil.copytree(folder, partial)
+        for (kind, provider), text in files.items():
+            path = partial / kind / f"{provider}.toml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, "utf-8")
+            seal = partial / SEALS / f"{kind}-{provider}"
+            seal.parent.mkdir(exist_ok=True)
+            seal.write_bytes(sealed(text.encode()))
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)

@@ -66,7 +66,7 @@ def message_tokens(counts: Counts, usage: Json, split_stale: bool = False) -> To
     known = plus(five, hour)
     if known is not None and written is not None and known > written:
         counts.mismatch = True
-        five, hour, known = None, None, None
+        written = known
     if known is not None and written is not None and known != written:
         counts.mismatch = True
     unsplit = written if known is None else counts.rest(written, known) or None
@@ -199,6 +199,11 @@ def overlaid(start: Json, *ends: Json) -> Overlaid:
         if "output_tokens" in stated and less:
             fell = True
             del stated["output_tokens"]
+        tools, earlier = (as_dict(each.get("server_tool_use")) for each in (stated, usage))
+        if any(_count_of(tools, name) < _count_of(earlier, name) for name in earlier):
+            fell = fell or bool(tools)
+            most = {name: max(_count_of(tools, name), _count_of(earlier, name)) for name in earlier}
+            stated["server_tool_use"] = {**tools, **most}
         output_stated = output_stated or "output_tokens" in stated
         written = usage.get("cache_creation_input_tokens")
         if stated.get("cache_creation_input_tokens", written) != written:
@@ -360,7 +365,7 @@ def message_event(draft: Draft) -> None:
     else:
         draft.model = as_name(message.get("model"))
         draft.response_id = as_id(message.get("id"))
-        draft.usage_not_sent()
+        draft.usage_not_sent(_answered(body))
 
 
 def _salvaged(draft: Draft, body: Body) -> None:
@@ -372,7 +377,7 @@ def _salvaged(draft: Draft, body: Body) -> None:
         draft.raw_usage = verbatim(b"", b"usage", usage).text
         return
     draft.model = as_name(head["model"])
-    draft.usage_not_sent()
+    draft.usage_not_sent(_answered(body))
 
 
 def _streamed_event(draft: Draft, body: Body) -> None:

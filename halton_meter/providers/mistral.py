@@ -31,6 +31,7 @@ from halton_meter.providers.reading.values import (
     Counts,
     Json,
     Verbatim,
+    as_amount,
     as_dict,
     as_name,
     dicts,
@@ -45,6 +46,18 @@ _CONNECTOR_UNITS = {
     "image_generation": "image_generation_calls",
     "document_library": "document_search_calls",
 }
+
+
+def _heard(draft: Draft, answer: Json, usage: Verbatim) -> None:
+    """Count the audio of a prompt, which is billed by the second and not by its tokens."""
+    seconds = as_amount(usage.exact.get("prompt_audio_seconds"))
+    if seconds:
+        first = draft.parts[0]
+        heard = min(first.tokens.audio_input or 0, first.tokens.input or 0)
+        text = None if first.tokens.input is None else first.tokens.input - heard
+        tokens = replace(first.tokens, input=text, audio_input=None)
+        units = {**first.units, "audio_seconds": seconds}
+        draft.parts[0] = replace(first, tokens=tokens, units=units)
 
 
 def _connected(draft: Draft, answer: Json, usage: Verbatim) -> None:
@@ -84,12 +97,14 @@ def read_pages(exchange: Exchange, route: Route, provider: Provider) -> Iterator
     yield draft.event()
 
 
-_PLAIN = Dialect()
+_PLAIN = Dialect(finish=_heard)
 _CONVERSATION = partial(read_chat, dialect=Dialect(finish=_connected))
 _ROUTES = (
     *text_routes("/v1", _PLAIN),
     route("fim_completions", "chat", "/v1/fim/completions", read_chat),
-    route("agents_completions", "chat", "/v1/agents/completions", read_chat),
+    route(
+        "agents_completions", "chat", "/v1/agents/completions", partial(read_chat, dialect=_PLAIN)
+    ),
     route("conversations", "chat", "/v1/conversations(?:/[^/]+(?:/restart)?)?", _CONVERSATION),
     route("moderations", "moderation", "/v1/chat/moderations", read_moderation),
     route("classifications", "classification", "/v1/(?:chat/)?classifications", read_chat),

@@ -26,6 +26,7 @@ from halton_meter.providers.reading.values import (
     as_dict,
     as_id,
     as_name,
+    plus,
     positive,
     verbatim,
 )
@@ -56,6 +57,8 @@ def settle(draft: Draft, answer: Json, usage: Verbatim) -> None:
     if thought and tokens.output == stated and "deep-research" in (first.model or ""):
         # Deep research bills its thinking beside the completion, and totals without it.
         tokens = replace(tokens, output=(stated or 0) + thought, reasoning=thought)
+        if plus(counts.of(usage.exact, "prompt_tokens"), stated) == usage.exact.get("total_tokens"):
+            draft.flags.discard("total_mismatch")
     draft.parts[0] = Usage(first.model, tokens, units, details)
     draft.flags |= counts.flags()
 

@@ -24,6 +24,7 @@ from halton_meter.providers.openai.media import media_routes, read_video_job
 from halton_meter.providers.openai.text import chat_event, read_chat, route, text_routes
 from halton_meter.providers.openai.usage import Dialect, cost_of
 from halton_meter.providers.reading.draft import Draft, begin
+from halton_meter.providers.reading.statements import together
 from halton_meter.providers.reading.values import (
     Counts,
     Json,
@@ -99,8 +100,7 @@ def read_charged_messages(
     if draft.raw_usage is not None and "usage_not_final" not in draft.flags:
         stated = json.loads(draft.raw_usage, parse_float=Decimal)
         usages = stated if isinstance(stated, list) else [stated]
-        charged: Json = next((usage for usage in reversed(usages) if "cost" in usage), {})
-        settle(draft, {}, Verbatim(draft.raw_usage, charged))
+        settle(draft, {}, Verbatim(draft.raw_usage, together(usages)))
     yield draft.event()
 
 

@@ -99,8 +99,17 @@ def _response_body(headers: Headers, whole: bool = True) -> BodyCollector:
 
 
 def _coding(headers: Headers, whole: bool) -> str | None:
-    """A body's content coding; of a head that was read in part, what it is may not be known."""
-    return header(headers, "content-encoding") or (None if whole else UNTOLD)
+    """A body's codings; of a head that was read in part, what they are may not be known."""
+    return _codings(headers) or (None if whole else UNTOLD)
+
+
+def _codings(headers: Headers) -> str | None:
+    """Those of the content, then those of the transfer, which are taken off first."""
+    content, transfer = header(headers, "content-encoding"), header(headers, "transfer-encoding")
+    if transfer is None or transfer.lower() == "chunked":
+        return content
+    names = [name.strip() for name in transfer.lower().split(",")]
+    return ", ".join([*([content] if content else []), *(n for n in names if n != "chunked")])
 
 
 def _body_so_far(collector: BodyCollector | None) -> BodySoFar:
@@ -174,7 +183,7 @@ class Transaction:
         """The rest of a request's head that had a hole in it."""
         self.request = replace(self.request, headers=self.request.headers + headers)
         if self.wanted:
-            coding = header(self.request.headers, "content-encoding")
+            coding = _codings(self.request.headers)
             self.request_body = BodyCollector(coding, REQUEST_WHOLE_BYTES_MAX)
 
     def more_response_headers(self, headers: Headers) -> None:

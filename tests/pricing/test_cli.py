@@ -14,6 +14,7 @@ import tarfile
 import pytest
 from click.testing import CliRunner
 
+from halton_meter.cli import main
 from halton_meter.cli.pricing import pricing
 from pricing.files import BUNDLED
 
@@ -453,3 +454,74 @@ def test_what_could_not_be_read_again_is_not_written(run, tmp_path, monkeypatch)
     monkeypatch.setattr("pricing.history.toml_value", lambda value: f'"{value}')
     assert run("set", "other", "--discount", "10%").exit_code == 2
     assert file.read_bytes() == before
+
+
+def test_what_has_no_end_is_read_no_further_than_a_bundle_or_an_answer_goes(run):
+    done = run("refresh", "--file", "/dev/zero")
+    assert done.exit_code == 1
+    assert "the bundle is larger than 32 MB" in done.stderr
+    with open("/dev/zero", "rb") as zeros:
+        done = run("explain", "-", stdin=zeros)
+    assert done.exit_code == 1
+    assert done.stderr.startswith(
+        "halton-meter: standard input is larger than 64 MB, as no provider's answer is\n  fix: "
+    )
+
+
+@pytest.mark.parametrize("rate", ["NaN", "-1"])
+def test_a_rate_that_no_price_has_is_refused(run, rate):
+    done = run("set", "gpt-4o", "--rate", f"input={rate}")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert f'rates.input: "{rate}" is no amount of money; write it as 0.8' in done.stderr
+    assert run("set", "gpt-4o", "--rate", "input=0.00000001").exit_code == 0
+
+
+def test_a_store_that_cannot_be_read_is_no_store_without_unpriced_models(tmp_path, monkeypatch):
+    monkeypatch.setenv("HALTON_METER_HOME", str(tmp_path))
+    (tmp_path / "meter.duckdb").write_bytes(b"x" * 9000)
+    said = CliRunner().invoke(main, ["pricing", "status"]).output
+    assert "Whether each stored request has a price is not known: " in said
+    assert "has a price\n" not in said
+    told = json.loads(CliRunner().invoke(main, ["pricing", "status", "--json"]).output)
+    assert "is damaged" in told["trouble"]
+    for command in (("pricing", "explain", "abc"), ("inspect", "abc")):
+        failed = CliRunner().invoke(main, command).output
+        assert "abc: no such file; stored events cannot be read: " in failed
+        assert "is damaged" in failed
+
+
+@pytest.mark.parametrize(
+    ("price", "says"),
+    [
+        (("--rate", "input=1e999999999"), "is more than 1,000,000, the most that is taken"),
+        (("--rate", "input=1e400"), 'rates.input: "1e400" is more than 1,000,000'),
+        (("--rate", "input=1000001"), "is more than 1,000,000, the most that is taken"),
+        (("--factor", "1e30"), 'factor: "1e30" is more than 1,000'),
+        (("--rate", "input=1e-400"), "has more than 30 decimals"),
+    ],
+)
+def test_a_price_that_none_can_have_is_refused(run, price, says):
+    done = run("set", "m", *price)
+    assert (done.exit_code, says in done.stderr) == (2, True), done.stderr
+    assert run("set", "m", "--rate", "input=1000000").exit_code == 0
+
+
+def test_what_was_not_stated_is_not_shown_as_stated(run):
+    body = '{"usage":{"prompt_tokens":-5,"completion_tokens":1e300}}'
+    who = ("--provider", "openai", "--model", "gpt-4o", "--text")
+    said = run("explain", *who, "-", stdin=body).stdout
+    assert "stated: output: an impossible amount\n" in said
+    assert '  as the answer has it: {"prompt_tokens":-5,"completion_tokens":' in said
+    assert "stated: input" not in said
+    assert "1000000000000000000" not in said
+
+
+def test_what_is_no_file_is_named_as_what_it_is(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in (
+        (tmp_path, "a folder"),
+        (tmp_path / "pipe", "a pipe"),
+        ("/dev/zero", "a dev"),
+    ):
+        done = run("explain", str(path))
+        assert (done.exit_code, f"{path} is {kind}" in done.stderr) == (1, True), done.stderr

@@ -168,6 +168,28 @@ def test_split_of_the_start_is_stale_when_the_writes_changed() -> None:
     assert event.conditions["cache_ttl_asked"] == "5m"
 
 
+def test_writes_whose_parts_are_more_than_their_sum_count_by_their_parts() -> None:
+    stated = {"ephemeral_5m_input_tokens": 100_000, "ephemeral_1h_input_tokens": 0}
+    usage = {"input_tokens": 100, "output_tokens": 5, "cache_creation": stated}
+    for written in (0, 10):
+        usage["cache_creation_input_tokens"] = written
+        answer = {"id": ID, "type": "message", "model": "claude-sonnet-5", "usage": usage}
+        event = read_one(exchange(URL, ASK, answer))
+        assert (event.tokens.cache_write_5m, event.tokens.cache_write) == (100_000, None)
+        assert "total_mismatch" in event.flags
+
+
+def test_a_later_zero_wipes_no_web_search() -> None:
+    begun = start(server_tool_use={"web_search_requests": 3})
+    ended = end(output_tokens=5, server_tool_use={"web_search_requests": 0})
+    event = read_one(exchange(URL, ASK, sse(begun, ended)))
+    assert event.units == {"web_search_requests": 3}
+    assert "counts_fell" in event.flags
+    more = end(output_tokens=5, server_tool_use={"web_search_requests": 4})
+    event = read_one(exchange(URL, ASK, sse(begun, more)))
+    assert (event.units, event.flags) == ({"web_search_requests": 4}, ())
+
+
 def test_split_of_the_start_holds_when_the_writes_did_not_change() -> None:
     begun = start(
         cache_creation_input_tokens=10,

@@ -2,6 +2,7 @@
 
 import json
 from decimal import Decimal
+from typing import Any
 
 import pytest
 
@@ -400,6 +401,50 @@ def test_stream_of_groq_that_repeats_the_whole_under_every_model_is_counted_once
     assert event.units == {"web_search_requests": 1}
     assert event.response_id == "chatcmpl-first-of-the-stream"
     assert "total_mismatch" in event.flags
+
+
+def test_more_reasoning_than_there_are_answer_tokens_in_the_total_is_flagged() -> None:
+    usage = {
+        "prompt_tokens": 100,
+        "completion_tokens": 10,
+        "total_tokens": 110,
+        "completion_tokens_details": {"reasoning_tokens": 500},
+    }
+    answer = {"id": "chatcmpl-1", "model": "o3", "object": "chat.completion", "usage": usage}
+    url = "https://api.openai.com/v1/chat/completions"
+    event = read_one(exchange(url, {"model": "o3"}, answer))
+    assert "total_mismatch" in event.flags
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens", "flags"),
+    [
+        ({"prompt_tokens": 100}, (100, None), {"count_missing", "estimated"}),
+        ({"completion_tokens": 7}, (None, 7), {"count_missing", "estimated"}),
+        (
+            {"prompt_tokens": "1,000", "completion_tokens": 7},
+            (None, 7),
+            {"bad_usage", "count_missing", "estimated"},
+        ),
+        (
+            {"prompt_tokens": -1000, "completion_tokens": 7, "total_tokens": 57},
+            (50, 7),
+            {"bad_usage"},
+        ),
+        ({"prompt_tokens": 100, "completion_tokens": 0}, (100, 0), set()),
+    ],
+)
+def test_a_count_that_is_not_there_is_not_zero(
+    usage: dict[str, Any], tokens: tuple[int | None, int | None], flags: set[str]
+) -> None:
+    choice = {"message": {"content": "word " * 50}, "finish_reason": "stop"}
+    answer = {"id": "c", "model": "gpt-4o", "choices": [choice], "usage": usage}
+    url = "https://api.openai.com/v1/chat/completions"
+    event = read_one(exchange(url, {"model": "gpt-4o"}, answer))
+    assert (event.tokens.input, event.tokens.output) == tokens
+    assert set(event.flags) == flags
+    estimated = event.certainty is Certainty.ESTIMATED
+    assert estimated == ("count_missing" in flags)
 
 
 def test_ticks_of_xai_are_the_charge_and_reasoning_is_outside() -> None:

@@ -316,3 +316,21 @@ def test_an_answer_that_is_a_list_of_one_object_is_that_object() -> None:
     url = "https://api.openai.com/v1/chat/completions"
     assert read_one(exchange(url, {}, [answer])).tokens.input == 3
     assert read_one(exchange(url, {}, [answer, answer])).tokens.input is None
+
+
+def test_thinking_beside_the_completion_of_deep_research_is_no_mismatch() -> None:
+    usage = {"prompt_tokens": 33, "completion_tokens": 100, "reasoning_tokens": 900}
+    for total, flags in ((133, ()), (999, ("total_mismatch",))):
+        answer = {"model": "sonar-deep-research", "usage": {**usage, "total_tokens": total}}
+        event = read_one(exchange("https://api.perplexity.ai/chat/completions", {}, answer))
+        assert (event.tokens.output, event.flags) == (1000, flags)
+
+
+def test_a_stream_that_heard_something_counts_its_seconds() -> None:
+    heard = {"prompt_audio_seconds": 90, "prompt_tokens": 8, "completion_tokens": 100}
+    details = {"total_tokens": 1233, "prompt_tokens_details": {"audio_tokens": 1125}}
+    chunk = {"id": "a" * 32, "model": "voxtral-small-2507", "choices": [{"delta": {}}]}
+    body = sse(chunk, {**chunk, "usage": {**heard, **details}}, "[DONE]")
+    event = read_one(exchange("https://api.mistral.ai/v1/chat/completions", {"stream": True}, body))
+    assert (event.tokens.input, event.tokens.audio_input, event.flags) == (8, None, ())
+    assert event.parts[0].units == {"audio_seconds": 90}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -418,3 +419,149 @@ def test_all_usages_of_a_call_are_kept_each_once_within_a_limit() -> None:
     kept = all_of(long)
     assert len(kept) < RAW_USAGE_BYTES_MAX + 200
     assert json.loads(kept)[-1]["n"] == 199
+
+
+@pytest.mark.parametrize("at_the_end", [{**USAGE, "cost": 0}, {**ZERO, "cost": 0}, {"cost": 0}])
+@pytest.mark.parametrize("path", ["chat/completions", "messages", "responses"])
+def test_a_zero_cost_at_the_end_does_not_wipe_what_was_charged(
+    path: str, at_the_end: dict[str, Any]
+) -> None:
+    if path == "chat/completions":
+        body = sse(
+            chunk(usage={**USAGE, "cost": 0.0123}), chunk(choices=[], usage=at_the_end), "[DONE]"
+        )
+    elif path == "messages":
+        own = {"input_tokens": 100, "output_tokens": 20}
+        last = {own_name(name): value for name, value in at_the_end.items() if "total" not in name}
+        body = sse(
+            {"type": "message_start", "message": {"id": "gen-" + "a" * 20, "model": "m"}},
+            {"type": "message_delta", "delta": {}, "usage": {**own, "cost": 0.0123}},
+            {"type": "message_delta", "delta": {}, "usage": last},
+            {"type": "message_stop"},
+            named=True,
+        )
+    else:
+        last = {own_name(name): value for name, value in at_the_end.items()}
+        own = {"input_tokens": 100, "output_tokens": 20, "total_tokens": 120, "cost": 0.0123}
+        answer = {"id": "gen-" + "a" * 20, "model": "m"}
+        body = sse(
+            {"type": "response.completed", "response": {**answer, "usage": own}},
+            {"type": "response.completed", "response": {**answer, "usage": last}},
+            named=True,
+        )
+    event = read(body, url=f"https://openrouter.ai/api/v1/{path}")
+    assert event.reported_usd == Decimal("0.0123")
+    assert counted(event)[::2] == (100, 20)
+
+
+def own_name(name: str) -> str:
+    return {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens"}.get(name, name)
+
+
+OWN_KEY = {"cost": 0.0005, "is_byok": True, "cost_details": {"upstream_inference_cost": 0.01}}
+
+
+@pytest.mark.parametrize(
+    "at_the_end", [{}, {"cost": None}, {"cost": 0}, {"cost": 0, "is_byok": False}]
+)
+@pytest.mark.parametrize("path", ["chat/completions", "messages"])
+def test_whose_key_paid_is_not_forgotten_at_the_end(path: str, at_the_end: dict[str, Any]) -> None:
+    if path == "messages":
+        own = {"input_tokens": 100, "output_tokens": 20}
+        body = sse(
+            {"type": "message_start", "message": {"id": "gen-" + "a" * 20, "model": "m"}},
+            {"type": "message_delta", "delta": {}, "usage": {**own, **OWN_KEY}},
+            {"type": "message_delta", "delta": {}, "usage": {**own, **at_the_end}},
+            {"type": "message_stop"},
+            named=True,
+        )
+    else:
+        last = chunk(choices=[], usage={**USAGE, **at_the_end})
+        body = sse(chunk(usage={**USAGE, **OWN_KEY}), last, "[DONE]")
+    event = read(body, url=f"https://openrouter.ai/api/v1/{path}")
+    assert event.reported_usd == Decimal("0.0005")
+    assert (event.conditions["byok"], event.conditions["upstream_cost_usd"]) == ("true", "0.01")
+    assert "byok" in event.flags
+
+
+def test_tools_that_an_earlier_chunk_tells_of_are_billed() -> None:
+    ran = {"num_sources_used": 3, "server_side_tool_usage_details": {"web_search_calls": 2}}
+    body = sse(chunk(usage={**USAGE, **ran}), chunk(choices=[], usage=USAGE), "[DONE]")
+    event = read(body, url="https://api.x.ai/v1/chat/completions")
+    assert event.parts[0].units == {"web_search_requests": 2, "live_search_sources": 3}
+
+
+@pytest.mark.parametrize(
+    ("url", "answer"),
+    [
+        (
+            "https://api.anthropic.com/v1/messages",
+            {
+                "usage": {
+                    "input_tokens": 9,
+                    "output_tokens": 5,
+                    "output_tokens_details": {"thinking_tokens": 6},
+                }
+            },
+        ),
+        (
+            "https://generativelanguage.googleapis.com/v1beta/models/gemini-2.5-pro:generateContent",
+            {
+                "usageMetadata": {
+                    "promptTokenCount": 9,
+                    "candidatesTokenCount": 5,
+                    "thoughtsTokenCount": 6,
+                    "totalTokenCount": 14,
+                }
+            },
+        ),
+        (
+            "https://api.openai.com/v1/responses",
+            {
+                "usage": {
+                    "input_tokens": 9,
+                    "output_tokens": 5,
+                    "total_tokens": 14,
+                    "input_tokens_details": {"audio_tokens": 10},
+                }
+            },
+        ),
+    ],
+)
+def test_a_part_that_is_more_than_all_of_it_is_flagged(url: str, answer: dict[str, Any]) -> None:
+    event = read({"id": "a" * 20, "model": "m", **answer}, {"model": "m"}, url)
+    assert "total_mismatch" in event.flags
+    assert counted(event)[::2] == (9, 5)
+
+
+SAID = "eight tokens of four letters."
+
+
+@pytest.mark.parametrize("end", ["completed", "cancelled", "incomplete", None])
+def test_a_response_without_usage_is_estimated_from_what_it_said(end: str | None) -> None:
+    response = {"id": "resp_" + "a" * 20, "model": "m"}
+    if end is None:
+        said = {"type": "message", "content": [{"type": "output_text", "text": SAID}]}
+        body: Any = {**response, "status": "completed", "output": [said]}
+    else:
+        body = sse(
+            {"type": "response.created", "response": response},
+            {"type": "response.output_text.delta", "delta": SAID},
+            {"type": f"response.{end}", "response": {**response, "status": end}},
+            named=True,
+        )
+    event = read(body, {"model": "m", "input": "four"}, "https://api.openai.com/v1/responses")
+    assert event.parts[0].details == {"estimated_input": 1, "estimated_output": 8}
+    assert event.flags == ("estimated", "usage_not_sent")
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_message_without_usage_is_estimated_from_what_it_said(cut: bool) -> None:
+    message = {"type": "message", "model": "m", "content": [{"type": "text", "text": SAID}]}
+    whole = json.dumps({"id": "msg_" + "a" * 20, **message}).encode()
+    body = whole[: whole.index(b'."') + 1] if cut else whole
+    url = "https://api.anthropic.com/v1/messages"
+    asked = {"model": "m", "messages": [{"role": "user", "content": "four"}]}
+    event = read(body, asked, url, complete=not cut)
+    assert event.parts[0].details["estimated_output"] == 8
+    assert {"estimated", "usage_not_sent"} <= set(event.flags)

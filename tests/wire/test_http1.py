@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
+
 import pytest
 
 from halton_meter.model import Outcome, Protocol, header
@@ -101,6 +104,16 @@ def test_chunk_extensions_upper_case_sizes_and_trailers(deliver):
     assert first.response.trailers == (("grpc-status", "0"),)
     assert first.outcome is Outcome.COMPLETE
     assert second.request.path == "/v1/models"
+
+
+def test_codings_of_the_transfer_are_taken_off_before_those_of_the_content(deliver):
+    text = gzip.compress(zlib.compress(b"".join(EVENTS), 9), mtime=0)
+    head = STREAM_HEAD.replace(b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip, chunked")
+    head = head.replace(b"\r\n\r\n", b"\r\nContent-Encoding: deflate\r\n\r\n")
+    body = b"".join(chunk(text[at : at + 9]) for at in range(0, len(text), 9))
+    found = deliver([(SENT, POST), (RECEIVED, head + body + b"0\r\n\r\n")]).only
+    assert found.response.body.joined() == b"".join(EVENTS)
+    assert found.response.body.whole
 
 
 def test_chunk_data_that_looks_like_chunk_lines(deliver):

@@ -191,7 +191,7 @@ def fill_response(draft: Draft, response: Json, text: bytes, dialect: Dialect = 
         if response.get("status") in ("queued", "in_progress"):
             draft.pending()
         elif draft.error_class is None:
-            draft.usage_not_sent()
+            draft.usage_not_sent(_answered(draft.exchange))
         return
     tokens, details = usage_tokens(counts, usage, dialect)
     model = draft.model or draft.request_model
@@ -203,6 +203,14 @@ def fill_response(draft: Draft, response: Json, text: bytes, dialect: Dialect = 
     draft.raw_usage = raw.text
     draft.flags |= counts.flags()
     dialect.finish(draft, response, raw)
+
+
+def _answered(exchange: Exchange) -> Iterator[str]:
+    """What was said in an answer, or in the deltas of one that came in pieces."""
+    body = exchange.response.body
+    in_turns = exchange.protocol is Protocol.WEBSOCKET
+    whole = not in_turns and form(exchange.response.headers, body) != "sse"
+    return texts_under(body, (b"text", b"arguments") if whole else (b"delta",))
 
 
 def _image_part(counts: Counts, response: Json) -> Usage | None:

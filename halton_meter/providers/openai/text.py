@@ -32,6 +32,7 @@ from halton_meter.providers.reading.statements import (
     covers,
     most_complete,
     prompt_total,
+    together,
     usages_in,
 )
 from halton_meter.providers.reading.values import (
@@ -217,12 +218,14 @@ def _fill_stated(draft: Draft, stated: list[_Statement], dialect: Dialect) -> No
     tokens, details, fell = most_complete(read)
     whole = [each for each, (found, _) in zip(stated, read, strict=True) if found == tokens]
     best = (whole or stated)[-1]
-    fill_chat(draft, best.chunk, best.usage, best.raw(), dialect)
+    raw = best.raw()
+    exact = together((each.raw().exact for each in stated), raw.exact)
+    fill_chat(draft, best.chunk, best.usage, Verbatim(raw.text, exact), dialect)
     if fell:
         draft.flags.add("counts_fell")
     if not whole and len(draft.parts) == 1:
         draft.parts = [replace(draft.parts[0], tokens=tokens, details=details)]
-    if fell or not whole:
+    if fell or not whole or exact != raw.exact:
         draft.raw_usage = all_of(each.raw().text for each in stated)
 
 

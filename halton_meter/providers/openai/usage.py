@@ -95,7 +95,8 @@ def _stated(counts: Counts, usage: Json, names: tuple[str, ...]) -> int | None:
     found: int | None = None
     for name in names:
         if usage.get(name) is not None:
-            found = counts.checked(usage[name]) or (0 if found is None else found)
+            count = counts.checked(usage[name])  # None: it is no count, and so not zero
+            found = count if count or found is None else found
             if found:
                 break
     return found
@@ -147,6 +148,7 @@ def _reconcile(counts: Counts, account: _Account, dialect: Dialect) -> int:
         return 0
     gap = account.total - prompt - completion
     if gap == 0:
+        counts.mismatch |= reasoning > completion
         return 0
     if gap == reasoning:
         account.completion = completion + reasoning

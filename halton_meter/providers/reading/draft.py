@@ -29,6 +29,7 @@ from halton_meter.model import (
     Certainty,
     Exchange,
     Outcome,
+    Tokens,
     Usage,
     UsageEvent,
     event_id,
@@ -45,6 +46,7 @@ from halton_meter.providers.reading.errors import (
     error_object,
 )
 from halton_meter.providers.reading.estimate import prompt_tokens, tokens_of
+from halton_meter.providers.reading.statements import prompt_total
 from halton_meter.providers.reading.traits import IDENTITY_BYTES, REQUEST_ID_HEADERS, traits_of
 from halton_meter.providers.reading.values import Json, as_id, as_name
 
@@ -152,6 +154,11 @@ class Draft:
         if exchange.outcome is not Outcome.COMPLETE:
             self.flags.add(exchange.outcome.value)
         self._take_charge(counted)
+        if any(_exceeds_whole(part.tokens) for part in self.parts):
+            self.flags.add("total_mismatch")
+        if self._lacks_a_count():
+            self.flags |= {"count_missing", "estimated"}
+            self.certainty = Certainty.ESTIMATED
         known = counted or self.reported_usd is not None or self.free is not None
         certainty = self.certainty or (Certainty.REPORTED if known else Certainty.UNKNOWN)
         model = self.model or self.request_model
@@ -190,12 +197,32 @@ class Draft:
             caller=caller_of(exchange, self.request, self.account_key),
         )
 
+    def _lacks_a_count(self) -> bool:
+        """Whether a chat's price would leave out one of its two sides as if it had cost nothing."""
+        is_judged = self.certainty is not None or self.error_class is not None
+        has_price = self.reported_usd is not None or self.free is not None
+        if self.kind != "chat" or is_judged or has_price:
+            return False
+        sides = [
+            (
+                part.tokens.input is None and part.tokens.cache_read is None,
+                part.tokens.output is None,
+            )
+            for part in self.parts
+            if not part.units
+        ]
+        return any(came is not went for came, went in sides)
+
     def _take_charge(self, counted: bool) -> None:
         """Take the cost that the answer states, of a host whose statements are believed."""
-        unsettled = self.reported_usd is None and self.free is None
+        # A zero at the end of a stream takes back nothing that was stated before it.
+        zero = self.reported_usd == 0 and "byok" not in self.flags
+        unsettled = (self.reported_usd is None or zero) and self.free is None
         if not (self.states_cost and unsettled) or "usage_not_final" in self.flags:
             return
         usd, is_zero = stated_charge(self.exchange, self.raw_usage, self.is_only_event, counted)
+        if zero and not usd:
+            return
         self.reported_usd = usd
         if usd is None and is_zero:
             self.flags.add("zero_cost_stated")
@@ -224,6 +251,19 @@ BILLED = (
     "cache_write",
     "output",
 )
+
+
+def _exceeds_whole(tokens: Tokens) -> bool:
+    """Whether what is stated to be a part of the input or the output is more than all of it."""
+    came, went = prompt_total(tokens), tokens.output
+    return any(
+        part is not None and whole is not None and part > whole
+        for whole, parts in (
+            (came, (tokens.audio_input, tokens.image_input, tokens.tool_use_input)),
+            (went, (tokens.reasoning, tokens.audio_output, tokens.image_output)),
+        )
+        for part in parts
+    )
 
 
 def _milliseconds(start_ns: int, end_ns: int | None) -> float | None:

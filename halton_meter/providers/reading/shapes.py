@@ -103,7 +103,8 @@ _SHAPES = (
           lambda d, u, m: "total_input_tokens" in u or d.get("object") == "interaction"),
     Shape(("conversations",), (), lambda d, u, m: str(d.get("object")).startswith("conversation.")),
     Shape(("responses",), (), lambda d, u, m: d.get("object") == "response" or "output" in d),
-    Shape(("audio_transcriptions",), (), lambda d, u, m: "prompt_audio_seconds" in u),
+    Shape(("audio_transcriptions",), (),
+          lambda d, u, m: "prompt_audio_seconds" in u and "choices" not in d),
     Shape(("audio_transcriptions",), (),
           lambda d, u, m: u.get("type") in ("tokens", "duration") or "duration" in d),
     Shape(("chat_completions",), (), lambda d, u, m:

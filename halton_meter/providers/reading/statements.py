@@ -207,12 +207,23 @@ def covers(later: Json, earlier: Json) -> bool:
         if isinstance(value, dict):
             if not isinstance(other, dict) or not covers(other, value):
                 return False
-        elif type(value) is int and type(other) is int:
+        elif _is_number(value) and _is_number(other):
             if other < value:
                 return False
         elif value != other and value is not None:
             return False
     return True
+
+
+def together(usages: Iterable[Json], last: Json | None = None) -> Json:
+    """All that several usages of one call tell beside their counts; `last` goes before the others.
+
+    A later null, zero or "no" takes nothing back: a gateway that ends a stream knows no cost.
+    """
+    whole: Json = {}
+    for usage in (*usages, *(() if last is None else (last,))):
+        whole |= {name: value for name, value in usage.items() if value or name not in whole}
+    return whole
 
 
 def best_of(usages: Sequence[Json]) -> tuple[int, bool]:

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from halton_meter import __version__
 from halton_meter.identity import CACHED, DATE, HOST, KEY, LINE, REQUEST_IDS, SERVED, USAGE
-from halton_meter.model import Exchange, Outcome, Protocol, Source, Tokens, Traits, Usage
+from halton_meter.model import Exchange, Outcome, Protocol, Tokens, Traits, Usage
 
 # Ids that a response's headers may state: the identity of an answer whose body has none.
 REQUEST_ID_HEADERS = (
@@ -31,7 +31,6 @@ _LETTERS = {**dict(zip(REQUEST_ID_HEADERS, REQUEST_IDS, strict=True)), "date": D
 _KEY_HEADERS = ("idempotency-key", "x-idempotency-key")
 # Headers of gateways that answer with what they kept, by a value that speaks of a hit.
 _CACHE_HEADERS = ("cf-aig-cache-status", "helicone-cache", "x-cache", "x-portkey-cache-status")
-_LIVE = (Source.UPROBES, Source.PROXY)
 # What is looked at of a request to tell it from others: a capture may have lost what lies behind.
 IDENTITY_BYTES = 4096
 # Of a longer body, what is looked at of each end: successive turns of a chat differ in length.
@@ -58,7 +57,7 @@ def traits_of(
         told,
         exchange.started_ns,
         max(exchange.started_ns, exchange.ended_ns),
-        live=exchange.connection.source in _LIVE,
+        live=exchange.connection.source.is_live,
         whole=exchange.outcome is Outcome.COMPLETE,
         joined=exchange.request.method is None,
         by_id=by_id or (exchange.request.method == "GET" and not _in_turns(exchange)),
