@@ -97,6 +97,11 @@ def contradict(one: Traits, other: Traits, apart_dated_ns: int = APART_DATED_NS)
     return _apart(one, other, apart_dated_ns)
 
 
+def asked_alike(one: Traits, other: Traits) -> bool:
+    """Whether two sightings that share no id are of one request, of those that began together."""
+    return _agree(one, other, _ASKED[0]) and not contradict(one, other)
+
+
 def _differ(one: Traits, other: Traits, letter: str) -> bool:
     mine, its = one.told.get(letter), other.told.get(letter)
     return mine is not None and its is not None and mine != its

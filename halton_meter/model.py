@@ -29,6 +29,11 @@ class Source(enum.Enum):
     KEYLOG = "keylog"
     PROXY = "proxy"
 
+    @property
+    def is_live(self) -> bool:
+        """Whether it sees what the client says as it is said, and no packets."""
+        return self in (Source.UPROBES, Source.PROXY)
+
 
 class Outcome(enum.Enum):
     """How an exchange ended, as far as it was seen.
@@ -92,6 +97,9 @@ class Process:
     project_hint: str | None = None
     root: str | None = None
 
+
+# What people write, and read, in the place of a project for requests without one.
+NO_PROJECT = "-"
 
 # The process in which the local proxy's mitmproxy runs, as its command line names it
 # (`proxy/service.py` starts it). The proxy meters what goes through it; uprobes would see it speak

@@ -239,6 +239,7 @@ class Report:
                     "day": day.isoformat(),
                     "requests": figures.requests,
                     "list_usd": usd_text(figures.list_usd),
+                    "unpriced_requests": figures.unpriced_requests,
                 }
                 for day, figures in self.trend
             ],
@@ -625,10 +626,13 @@ def _trend(
     window = replace(selection, from_ns=start_of(days[0]), to_ns=end_ns)
     where, parameters = window.where()
     found = {
-        date_of(row[0]): Figures(requests=int(row[1]), list_usd=money_of(row[2], row[3]))
+        date_of(row[0]): Figures(
+            requests=int(row[1]), list_usd=money_of(row[2], row[3]), unpriced_requests=int(row[4])
+        )
         for row in reader.rows(
             f"SELECT {day_sql(start_of(days[0]), end_ns)}, count(*), sum(list_usd), "
-            f"sum(list_usd_rest) FROM event WHERE {where} GROUP BY 1",
+            f"sum(list_usd_rest), {DAY_SUMS['unpriced_requests']} "
+            f"FROM event WHERE {where} GROUP BY 1",
             parameters,
         )
     }

@@ -205,3 +205,85 @@ def test_what_our_own_proxy_says_upstream_is_nobodys_exchange() -> None:
 def test_a_capture_replayed_adds_nothing_and_its_equal_calls_stay_apart(tmp_path: Path) -> None:
     calls = [embedding(Source.PCAP, AT_NS + n, process=None) for n in (0, 0, 5)]
     assert len(stored(tmp_path, metered(*calls), metered(*calls))) == 2
+
+
+# --- a capture, which knows no process --------------------------------------------------------
+
+
+def recorded(at_ns: int, late_ns: int = 300_000, **changed: Any) -> Exchange:
+    """The same call as a capture has it."""
+    return embedding(Source.PCAP, at_ns + late_ns, process=None, **changed)
+
+
+@pytest.mark.parametrize("first", ["live", "recorded"])
+@pytest.mark.parametrize("dated", [True, False])
+def test_a_recording_replayed_beside_the_live_events_adds_nothing(
+    tmp_path: Path, first: str, dated: bool
+) -> None:
+    """Three equal calls of one second and one more later; the recording is replayed twice."""
+    headers = (DATE,) if dated else ()
+    at = [AT_NS + step for step in (0, 4_000_000, 9_000_000, 3_000_000_000)]
+    live = metered(*(embedding(Source.UPROBES, each, headers=headers) for each in at))
+    replay = metered(*(recorded(each, headers=headers) for each in at))
+    events = stored(tmp_path, *((live, replay) if first == "live" else (replay, live)), replay)
+    assert len(events) == 4
+    assert [event.usage.process for event in events] == [CLIENT] * 4
+
+
+def test_a_recorded_call_that_nobody_saw_live_is_an_event_of_its_own(tmp_path: Path) -> None:
+    live = metered(embedding(Source.UPROBES))
+    others = [
+        recorded(AT_NS, text="other"),
+        recorded(AT_NS, late_ns=60_000_000),
+        recorded(AT_NS + 10_000_000),
+        recorded(AT_NS),
+    ]
+    # The one that began nearest to the live one is that; each of the others is one more.
+    assert len(stored(tmp_path, live, metered(*others))) == 4
+
+
+@pytest.mark.parametrize("first", ["live", "recorded"])
+def test_the_whole_sighting_of_a_capture_takes_the_process_of_the_live_one(
+    tmp_path: Path, first: str
+) -> None:
+    cut = replace(embedding(Source.UPROBES), outcome=Outcome.ABORTED)
+    cut = replace(cut, response=replace(cut.response, body=Body((ANSWER[:20],), complete=False)))
+    live, replay = metered(cut), metered(recorded(AT_NS))
+    (event,) = stored(tmp_path, *((live, replay) if first == "live" else (replay, live)))
+    assert (event.usage.outcome, event.usage.process) == (Outcome.COMPLETE, CLIENT)
+
+
+def cut_short(seen: Exchange) -> Exchange:
+    """The same, whose client gave up before it had the answer."""
+    response = replace(seen.response, body=Body((ANSWER[:20],), complete=False))
+    return replace(seen, outcome=Outcome.ABORTED, response=response)
+
+
+@pytest.mark.parametrize("order", ["rll", "llr", "rlr", "lrr", "lrl", "rlp", "rpl", "rplr"])
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_sighting_that_comes_again_is_known_by_whichever_id_is_stored(
+    tmp_path: Path, order: str, is_cut: bool
+) -> None:
+    """r: the recording, l: the live sighting (whole, or cut short), p: the proxy's."""
+    seen = embedding(Source.UPROBES)
+    journals = {
+        "r": metered(recorded(AT_NS)),
+        "l": metered(cut_short(seen) if is_cut else seen),
+        "p": metered(embedding(Source.PROXY, LATER_NS)),
+    }
+    (event,) = stored(tmp_path, *(journals[each] for each in order))
+    assert (event.usage.outcome, event.usage.process) == (Outcome.COMPLETE, CLIENT)
+
+
+def test_two_sightings_of_one_recording_in_one_journal_are_of_one_live_event(
+    tmp_path: Path,
+) -> None:
+    live, again = metered(embedding(Source.UPROBES)), metered(recorded(AT_NS))
+    assert len(stored(tmp_path, live, again + again)) == 1
+
+
+def test_an_equal_call_that_only_the_second_live_source_saw_is_counted(tmp_path: Path) -> None:
+    at = [AT_NS, AT_NS + 4_000_000, AT_NS + 9_000_000]
+    less = metered(*(embedding(Source.UPROBES, each) for each in at[:2]))
+    whole = metered(*(embedding(Source.PROXY, each + 100_000) for each in at))
+    assert len(stored(tmp_path, less, whole)) == 3

@@ -50,7 +50,11 @@ def test_memory_and_database_choose_alike(first: str, second: str, tmp_path: Pat
         with store.reading() as reader:
             stored = list(reader.events())
     names = list(SIGHTINGS)
-    assert stored == best.all() == [SIGHTINGS[max(first, second, key=names.index)]]
+    chosen = SIGHTINGS[max(first, second, key=names.index)]
+    assert best.all() == [chosen]
+    # The database keeps the process besides, where only the lesser sighting knows it.
+    known = chosen.usage.process or SIGHTINGS[min(first, second, key=names.index)].usage.process
+    assert stored == [replace(chosen, usage=replace(chosen.usage, process=known))]
 
 
 def test_few_events_are_held_back_for_a_better_sighting() -> None:

@@ -2,14 +2,15 @@
 
 The better sighting takes the place of the other (`intake.py`), but the lesser one may be the
 client's own and name its session, where the better one is a gateway's. `sightings.merged` decides;
-here it is applied to what the database holds and to what arrives.
+here it is applied to what the database holds and to what arrives. Likewise the better one may know
+no process, as that of a capture, and the lesser one its own.
 """
 
 # ruff: noqa: S608 (every name put into SQL comes from a constant of schema.py; values are bound)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ from halton_meter.contract import caller_json
 from halton_meter.model import CALLER_NAMES, Caller
 from halton_meter.sightings import merged
 from halton_meter.store.rollup import DAY_NS
-from halton_meter.store.rows import caller_of_row
-from halton_meter.store.schema import CALLER_COLUMNS
+from halton_meter.store.rows import caller_of_row, dumps, loads
+from halton_meter.store.schema import CALLER_COLUMNS, PROCESS_NAMES
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -64,6 +65,42 @@ def keep_callers(connection: DuckDBPyConnection, said: Said) -> list[int]:
             )
             days.append(int(day))
     return days
+
+
+_PROCESS = ", ".join(PROCESS_NAMES)
+_KNOWN_SETS = ", ".join(f"{name} = coalesce({name}, ?)" for name in PROCESS_NAMES)
+_OF_ARRIVING = "WHERE id IN (SELECT id FROM arriving)"
+
+Known = Mapping[str, Sequence[Any]]
+
+
+def processes_known(connection: DuckDBPyConnection) -> Known:
+    """The process (`PROCESS_NAMES`, usage document) of each event in table `arriving` of which
+    one sighting knows it and another does not.
+    """
+    rows = connection.execute(
+        f"WITH seen AS (SELECT id, {_PROCESS}, usage_document FROM event {_OF_ARRIVING} "
+        f"UNION ALL SELECT id, {_PROCESS}, usage_document FROM arriving) SELECT * FROM seen "
+        "WHERE pid IS NOT NULL AND id IN (SELECT id FROM seen WHERE pid IS NULL)"
+    ).fetchall()
+    return {event_id: known for event_id, *known in rows}
+
+
+def keep_processes(connection: DuckDBPyConnection, known: Known) -> list[int]:
+    """Keep the processes with the stored events that have none; return the days that changed."""
+    rows = connection.execute(
+        f"SELECT id, at_ns // {DAY_NS}, usage_document FROM event "
+        "WHERE pid IS NULL AND id IN (SELECT unnest(?))",
+        [list(known)],
+    ).fetchall()
+    for event_id, _, text in rows:
+        *values, its_text = known[event_id]
+        document = loads(text) | {"process": loads(its_text)["process"]}
+        connection.execute(
+            f"UPDATE event SET {_KNOWN_SETS}, usage_document = ? WHERE id = ?",
+            [*values, dumps(document).decode(), event_id],
+        )
+    return [int(day) for _, day, _ in rows]
 
 
 def _caller(values: Iterable[Any]) -> Caller:

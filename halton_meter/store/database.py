@@ -40,10 +40,10 @@ _DAMAGED = f"{DATABASE_NAME}.damaged-"
 
 
 class Database:
-    """The database file of a home."""
+    """The database file of a home; one that `puts_aside` a damaged file moves it away."""
 
-    def __init__(self, home: Home) -> None:
-        self._home = home
+    def __init__(self, home: Home, puts_aside: bool = False) -> None:
+        self._home, self._puts_aside = home, puts_aside
         self._path = home.database
 
     def open_for_reading(self, wait_seconds: float) -> DuckDBPyConnection:
@@ -58,7 +58,7 @@ class Database:
     def open_for_writing(self, wait_seconds: float) -> DuckDBPyConnection:
         """A connection to a database of the newest version, made where there is none.
 
-        A damaged file is put aside before DatabaseDamaged is raised.
+        Raises DatabaseDamaged, before which the file is put aside where that is wanted.
         """
         self._home.make_directories()
         if not self._path.exists():
@@ -121,18 +121,22 @@ class Database:
         try:
             return self._connect(self._path, False, wait_seconds)
         except DatabaseDamaged as error:
+            if not self._puts_aside:
+                raise
             raise self._put_aside(error) from error
 
     def _create(self) -> None:
         """Make the database elsewhere and give it its name when it is whole: a crash or a full
         disk must not leave half a file, and no reader may see one without tables.
         """
-        unfinished = self._home.path / f"{DATABASE_NAME}.new-{os.getpid()}-{threading.get_ident()}"
+        path = Path(os.path.realpath(self._path))  # of a link, what it leads to
+        unfinished = path.with_name(f"{DATABASE_NAME}.new-{os.getpid()}-{threading.get_ident()}")
         log = unfinished.with_name(f"{unfinished.name}.wal")
         try:
             with contextlib.closing(self._connect(unfinished, False, 0)) as connection:
+                unfinished.chmod(0o600)
                 migrate(connection)
-            self._name_database(unfinished)
+            self._name_database(unfinished, path)
         except (driver().Error, DatabaseDamaged) as error:
             raise StoreUnusable(
                 f"Cannot make {self._path}: {first_line(error)}. See: df -h {self._home.path}"
@@ -141,14 +145,14 @@ class Database:
             unfinished.unlink(missing_ok=True)
             log.unlink(missing_ok=True)
 
-    def _name_database(self, unfinished: Path) -> None:
+    def _name_database(self, unfinished: Path, path: Path) -> None:
         try:
-            os.link(unfinished, self._path)
+            os.link(unfinished, path)
         except FileExistsError:
             pass  # another process was faster
         except OSError:  # a file system without hard links
-            if not self._path.exists():
-                os.rename(unfinished, self._path)
+            if not path.exists():
+                os.rename(unfinished, path)
 
     def _connect(self, path: Path, read_only: bool, wait_seconds: float) -> DuckDBPyConnection:
         with held_back():

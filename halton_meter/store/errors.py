@@ -45,9 +45,9 @@ class DatabaseTooNew(StoreError):
 
 
 def first_line(error: BaseException) -> str:
-    """What a driver's error says, without the query that it repeats and the full stop."""
+    """What a driver's error says, without the query that it repeats and its last mark."""
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return lines[0].rstrip(".!") if lines else type(error).__name__
 
 
 def disk_trouble(error: OSError, folder: Path) -> str:

@@ -15,7 +15,12 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halton_meter.store.callers import callers_said, keep_callers
+from halton_meter.store.callers import (
+    callers_said,
+    keep_callers,
+    keep_processes,
+    processes_known,
+)
 from halton_meter.store.driver import driver, quoted
 from halton_meter.store.home import private_file, private_log
 from halton_meter.store.journal import Flushed, checked
@@ -24,6 +29,7 @@ from halton_meter.store.rollup import DAY_NS, unroll
 from halton_meter.store.rows import json_types
 from halton_meter.store.schema import EVENT_COLUMNS, TEXT
 from halton_meter.store.settling import learn, settle
+from halton_meter.store.unnamed import find_unnamed
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -51,7 +57,7 @@ def _move_lines(connection: DuckDBPyConnection, source: Path, count: int) -> Flu
     problem = driver()
     connection.execute("BEGIN")
     try:
-        stored, losses = _insert(connection, source)
+        stored, replaced, others = _insert(connection, source)
         connection.execute("COMMIT")
     except (problem.DataError, problem.IntegrityError, problem.ProgrammingError):
         connection.execute("ROLLBACK")
@@ -60,7 +66,7 @@ def _move_lines(connection: DuckDBPyConnection, source: Path, count: int) -> Flu
         with contextlib.suppress(problem.Error):
             connection.execute("ROLLBACK")
         raise
-    return Flushed(stored, count - losses - stored)
+    return Flushed(stored, count - others - stored, replaced=replaced)
 
 
 def _move_halves(connection: DuckDBPyConnection, source: Path, count: int) -> Flushed:
@@ -104,13 +110,15 @@ _RANK_BETTER = (
 )
 
 
-def _insert(connection: DuckDBPyConnection, source: Path) -> tuple[int, int]:
-    """Insert what a file of lines has; return (events stored, lines that are no events)."""
+def _insert(connection: DuckDBPyConnection, source: Path) -> tuple[int, int, int]:
+    """Insert what a file of lines has; return (events stored, of these those that took a lesser
+    sighting's place, lines that are no events).
+    """
     types = {**json_types(EVENT_COLUMNS), **line_types()}
     types |= {"loss_cause": TEXT, "loss_count": "BIGINT", **_SEEN}
     spelled = ", ".join(f"'{name}': '{kind}'" for name, kind in types.items())
     lines = f"read_ndjson('{quoted(source)}', columns = {{{spelled}}})"
-    stored = _insert_events(connection, lines, types)
+    stored, replaced = _insert_events(connection, lines, types)
     losses = connection.execute(
         f"SELECT count(loss_cause), count(seen_connections), count(limit_window) FROM {lines}"
     ).fetchall()
@@ -130,11 +138,15 @@ def _insert(connection: DuckDBPyConnection, source: Path) -> tuple[int, int]:
         )
     if losses[0][2]:
         insert_limits(connection, lines)
-    return stored, sum(map(int, losses[0]))
+    return stored, replaced, sum(map(int, losses[0]))
 
 
-def _insert_events(connection: DuckDBPyConnection, lines: str, types: dict[str, str]) -> int:
-    """Insert the events among `lines` (a table function); return how many are new or better."""
+def _insert_events(
+    connection: DuckDBPyConnection, lines: str, types: dict[str, str]
+) -> tuple[int, int]:
+    """Insert the events among `lines` (a table function); return how many are new or better than
+    what was stored, and how many of these are not new.
+    """
     names = ", ".join(EVENT_COLUMNS)
     cast = ", ".join(
         f"CAST({n} AS {t}) AS {n}" if types[n] != t else n for n, t in EVENT_COLUMNS.items()
@@ -144,6 +156,7 @@ def _insert_events(connection: DuckDBPyConnection, lines: str, types: dict[str, 
         f"FROM {lines} "
         "WHERE loss_cause IS NULL AND seen_connections IS NULL AND limit_window IS NULL"
     )
+    find_unnamed(connection)
     # Nearly all: alone with their id, which nothing in the database has.
     new = connection.execute(
         f"INSERT INTO event ({names}) SELECT {names} FROM arriving "
@@ -153,21 +166,23 @@ def _insert_events(connection: DuckDBPyConnection, lines: str, types: dict[str, 
     unroll(connection, (day for day, _ in new))
     connection.execute("DELETE FROM arriving WHERE id IN (SELECT unnest(?))", [[i for _, i in new]])
     left = connection.execute("SELECT count(*) FROM arriving").fetchall()
-    stored = len(new)
+    stored, replaced = len(new), 0
     if left[0][0]:
         settle(connection)
-        said = callers_said(connection)
-        replaced = ", ".join(f"{n} = excluded.{n}" for n in EVENT_COLUMNS if n != "id")
+        said, known = callers_said(connection), processes_known(connection)
+        sets = ", ".join(f"{n} = excluded.{n}" for n in EVENT_COLUMNS if n != "id")
         days = connection.execute(
             f"INSERT INTO event ({names}) SELECT {names} FROM arriving "
             "QUALIFY row_number() OVER "
             "(PARTITION BY id ORDER BY sighting_rank DESC, pid IS NOT NULL DESC, line) = 1 "
-            f"ON CONFLICT (id) DO UPDATE SET {replaced}, earlier_at_ns = event.at_ns "
+            f"ON CONFLICT (id) DO UPDATE SET {sets}, earlier_at_ns = event.at_ns "
             f"WHERE {_RANK_BETTER} RETURNING at_ns // {DAY_NS}, earlier_at_ns // {DAY_NS}"
         ).fetchall()
         stored += len(days)
+        replaced = sum(earlier is not None for _, earlier in days)
         learn(connection)
-        days += [(day, None) for day in keep_callers(connection, said)]
+        changed = keep_callers(connection, said) + keep_processes(connection, known)
+        days += [(day, None) for day in changed]
         unroll(connection, (day for both in days for day in both if day is not None))
     connection.execute("DROP TABLE arriving")
-    return stored
+    return stored, replaced

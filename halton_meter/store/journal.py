@@ -57,11 +57,12 @@ _MARK_BYTES_MAX = max(map(len, _MARKS))
 
 @dataclass(frozen=True, slots=True)
 class Flushed:
-    """What one flush did: events `stored`, `repeated` (already there), still `waiting` in the
-    journal, and journal lines `damaged`. `reason` says why events wait; None when none does, or
-    only such as another process still writes, which moves them itself. `busy`: what they wait for
-    is another process's end with the database, which is no trouble unless it lasts. `expired`:
-    events that were deleted as they were older than is to be kept.
+    """What one flush did: events `stored`, of these `replaced` (a lesser sighting was there),
+    `repeated` (already there), still `waiting` in the journal, and journal lines `damaged`.
+    `reason` says why events wait; None when none does, or only such as another process still
+    writes, which moves them itself. `busy`: what they wait for is another process's end with the
+    database, which is no trouble unless it lasts. `expired`: events that were deleted as they were
+    older than is to be kept.
     """
 
     stored: int = 0
@@ -71,6 +72,7 @@ class Flushed:
     reason: str | None = None
     busy: bool = False
     expired: int = 0
+    replaced: int = 0
 
     def __add__(self, other: Flushed) -> Flushed:
         """Both together; what waits, and why, is as `other` found it."""
@@ -82,6 +84,7 @@ class Flushed:
             other.reason,
             other.busy,
             self.expired + other.expired,
+            self.replaced + other.replaced,
         )
 
 

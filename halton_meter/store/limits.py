@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from halton_meter.model import LimitKind, LimitReading, PricedEvent, UsageEvent
 from halton_meter.store.rows import json_types
-from halton_meter.store.schema import LIMIT_COLUMNS
+from halton_meter.store.schema import DAY_SUMS, LIMIT_COLUMNS
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -325,15 +325,18 @@ def work_in_spans(
 
 def billed_usd(
     connection: DuckDBPyConnection, whose: Whose, from_ns: int, to_ns: int
-) -> Decimal | None:
-    """What an account's requests under a plan were billed beyond it; None where none was priced."""
+) -> tuple[Decimal | None, int]:
+    """What an account's requests under a plan were billed beyond it, None where none was priced;
+    and how many unpriced ones are missing from it.
+    """
     where, parameters = whose.where()
-    rows = connection.execute(
-        "SELECT sum(marginal_usd) FROM event WHERE at_ns >= ? AND at_ns < ? "
+    [(usd, unpriced)] = connection.execute(
+        f"SELECT sum(marginal_usd), {DAY_SUMS['unpriced_requests']} FROM event "
+        "WHERE at_ns >= ? AND at_ns < ? "
         f"AND {where} AND (marginal_usd = 0 OR {_PLAN_OF} IS NOT DISTINCT FROM ?)",
         [from_ns, to_ns, *parameters, whose.plan],
     ).fetchall()
-    return None if rows[0][0] is None else Decimal(rows[0][0])
+    return None if usd is None else Decimal(usd), int(unpriced)
 
 
 def _stored(row: dict[str, Any]) -> Stored:

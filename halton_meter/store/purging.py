@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from halton_meter.store.reader import Reader
 from halton_meter.store.rollup import DAY_NS
+from halton_meter.store.schema import DAY_SUMS
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -42,6 +43,7 @@ class Older:
     last_ns: int | None = None
     projects: tuple[tuple[str | None, int], ...] = ()
     kept: int = 0
+    unpriced: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,8 @@ class Purged:
 def older(reader: Reader, before_ns: int) -> Older:
     """What `delete` would delete."""
     total = reader.rows(
-        "SELECT count(*), sum(list_usd), min(at_ns), max(at_ns) FROM event WHERE at_ns < ?",
+        "SELECT count(*), sum(list_usd), min(at_ns), max(at_ns), "
+        f"{DAY_SUMS['unpriced_requests']} FROM event WHERE at_ns < ?",
         [before_ns],
     )[0]
     projects = reader.rows(
@@ -69,9 +72,9 @@ def older(reader: Reader, before_ns: int) -> Older:
         [before_ns],
     )
     kept = reader.rows("SELECT count(*) FROM event WHERE at_ns >= ?", [before_ns])[0][0]
-    events, list_usd, first_ns, last_ns = total
+    events, list_usd, first_ns, last_ns, unpriced = total
     named = tuple((name, int(count)) for name, count in projects)
-    return Older(int(events), list_usd, first_ns, last_ns, named, int(kept))
+    return Older(int(events), list_usd, first_ns, last_ns, named, int(kept), int(unpriced))
 
 
 def delete(connection: DuckDBPyConnection, before_ns: int) -> int:

@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from halton_meter.coverage import Coverage, Part
-from halton_meter.model import PricedEvent, client_of
+from halton_meter.model import NO_PROJECT, PricedEvent, client_of
 from halton_meter.store import limits
 from halton_meter.store.interrupts import held_back
 from halton_meter.store.limits import SpanWork, Stored, Whose
@@ -37,8 +37,8 @@ _HAS_FLAG = (
 class Selection:
     """Which events: `from_ns` inclusive, `to_ns` exclusive, the rest exact; None means any.
 
-    `flag` is one of an event's `flags`. `client` is the client's name, or where it names none that
-    of its program's file (`client_of`).
+    `project` NO_PROJECT means those without one. `flag` is one of an event's `flags`. `client` is
+    the client's name, or where it names none that of its program's file (`client_of`).
     """
 
     from_ns: int | None = None
@@ -58,7 +58,7 @@ class Selection:
             ("at_ns < ?", self.to_ns),
             ("provider = ?", self.provider),
             ("model = ?", self.model),
-            ("project = ?", self.project),
+            (self._of_project(), self.project),
             (_HAS_FLAG, self.flag),
             ("session_id = ?", self.session),
             ("git_branch = ?", self.git_branch),
@@ -67,13 +67,16 @@ class Selection:
         used = [(test, value) for test, value in tests if value is not None]
         return " AND ".join(test for test, _ in used) or "true", [value for _, value in used]
 
+    def _of_project(self) -> str:
+        return "coalesce(project, '-') = ?" if self.project == NO_PROJECT else "project = ?"
+
     def matches(self, row: Mapping[str, Any]) -> bool:
         """Whether a row of `event`, as a journal line has it or the database, is one of these."""
         at_ns: int = row["at_ns"]
         tests: list[tuple[object, object]] = [
             (self.provider, row["provider"]),
             (self.model, row["model"]),
-            (self.project, row["project"]),
+            (self.project, row["project"] or NO_PROJECT),
             (self.session, row["session_id"]),
             (self.git_branch, row["git_branch"]),
             (self.client, client_of(row["client"], row["process"])),
@@ -198,8 +201,10 @@ class Reader:
         """Whose requests of an account were under way in each of `spans`."""
         return limits.work_in_spans(self.connection, whose, spans, columns)
 
-    def billed_usd(self, whose: Whose, from_ns: int, to_ns: int) -> Decimal | None:
-        """What an account's requests under a plan were billed beyond it."""
+    def billed_usd(self, whose: Whose, from_ns: int, to_ns: int) -> tuple[Decimal | None, int]:
+        """What an account's requests under a plan were billed beyond it, and of how many that is
+        not known.
+        """
         return limits.billed_usd(self.connection, whose, from_ns, to_ns)
 
     def superseded(self, event_id: str) -> list[tuple[int, Decimal | None, str, str | None]]:

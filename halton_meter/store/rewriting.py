@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 from halton_meter.store.cleaning import cleaned, cleaned_line
 from halton_meter.store.driver import driver, quoted
 from halton_meter.store.errors import StoreBusy, StoreUnusable, first_line
-from halton_meter.store.home import DATABASE_NAME, Home, private_file
+from halton_meter.store.home import DATABASE_NAME, Home
 from halton_meter.store.rows import dumps, loads
 from halton_meter.store.schema import REWRITTEN_VERSION, migrate_in_place, needs_rewriting
+from halton_meter.whole_file import replacing
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -216,9 +217,7 @@ def _clean_refused(path: Path) -> None:
     """The lines that the database refused, which are kept beside it."""
     with contextlib.suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        part = path.with_name("refused.new")
-        with os.fdopen(fd, "rb") as old, private_file(part) as new:
+        with os.fdopen(fd, "rb") as old, replacing(path) as new:
             new.writelines(line for each in old if (line := cleaned_line(each)))
             status = os.fstat(old.fileno())
             os.fchown(new.fileno(), status.st_uid, status.st_gid)
-        os.rename(part, path)

@@ -64,6 +64,8 @@ USAGE_COLUMNS: dict[str, str] = {
     "sighting_rank": "TINYINT",
     "usage_document": TEXT,
 }
+# Of these, what only a source that knows the process can tell.
+PROCESS_NAMES = ("pid", "process", "cwd", "user_name", "project", "git_branch")
 # Columns of a price, which a revision replaces. `implausible`: an amount was stated that no request
 # can have, so neither price nor counts are known. `cache_saved_usd` is rounded down to a
 # pico-dollar.

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 # Events that are looked at together; it bounds memory.
 LINES_AT_ONCE = 20_000
-_LIVE = (Source.UPROBES.value, Source.PROXY.value)
 
 
 class _Line(NamedTuple):
@@ -99,7 +98,7 @@ def _know(connection: DuckDBPyConnection, lines: list[_Line], groups: dict[str, 
 def _older_traits(at_ns: int, duration_ms: float | None, source: str, outcome: str) -> Traits:
     """What is known of an event of a version that kept no traits."""
     ended_ns = at_ns + round((duration_ms or 0) * 1e6)
-    return Traits({}, at_ns, ended_ns, source in _LIVE, outcome == "complete")
+    return Traits({}, at_ns, ended_ns, Source(source).is_live, outcome == "complete")
 
 
 def _settled(line: _Line, groups: dict[str, Group]) -> _Settled:

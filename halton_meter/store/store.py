@@ -112,14 +112,17 @@ class Store:
     """The events under one home directory. Safe to use from several threads and processes.
 
     `owner` is (uid, gid) for files that root makes for an invoking user; when root is not told,
-    files belong to whoever owns the home directory.
+    files belong to whoever owns the home directory. A store that `puts_aside` moves a damaged
+    database away and goes on with a new one: a service cannot ask what to do. All others leave it.
     """
 
-    def __init__(self, home: Path, owner: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, home: Path, owner: tuple[int, int] | None = None, *, puts_aside: bool = False
+    ) -> None:
         self.home = home
         self._folder = Home(self.home, owner)
         self._journal = Journal(self._folder)
-        self._database = Database(self._folder)
+        self._database = Database(self._folder, puts_aside)
         self._limit_lines = LimitLines()
         self._flush_lock = threading.Lock()
 
@@ -204,8 +207,8 @@ class Store:
         With `keep_from_ns`, delete events of days before it, too; of many, those of a month a call.
 
         A database that others keep locked for `wait_seconds`, or that has no room, is not an
-        error: the events wait in the journal. Raises DatabaseDamaged after having put a damaged
-        file aside, and DatabaseTooNew; the journal is intact then, too.
+        error: the events wait in the journal. Raises DatabaseDamaged, after having put the file
+        aside where this store does, and DatabaseTooNew; the journal is intact then, too.
         """
         with self._flush_lock:
             self._journal.write()
@@ -286,19 +289,18 @@ class Store:
         Nothing is stored before the iterator is exhausted, and nothing at all on a dry run.
         An event that something else repriced meanwhile is left as it is.
         """
+        if dry_run:  # the folder may be one that nobody can write in
+            with self.reading() as reader:
+                yield from (changed for changed, _ in _repriced(reader, price, selection))
+            return
         spool = self.home / f"reprice-{os.getpid()}.ndjson"
         try:
             with self.reading() as reader, private_file(spool) as file:
-                for event, revision in reader.events_with_revision(selection):
-                    after = price(event.usage)
-                    if same_price(event, after):
-                        continue
-                    file.write(
-                        dumps({**sum_values(after), "id": event.usage.id, "revision": revision})
-                        + b"\n"
-                    )
-                    yield Repriced(event, after)
-            if not dry_run and spool.stat().st_size:
+                for changed, revision in _repriced(reader, price, selection):
+                    row = {"id": changed.after.usage.id, "revision": revision}
+                    file.write(dumps({**sum_values(changed.after), **row}) + b"\n")
+                    yield changed
+            if spool.stat().st_size:
                 self._store_revisions(spool, at_ns)
         finally:
             spool.unlink(missing_ok=True)
@@ -449,6 +451,16 @@ class Store:
                 f"UPDATE event SET {changes}, revision = event.revision + 1 FROM revised r "
                 "WHERE event.id = r.id AND event.revision = r.revision"
             )
+
+
+def _repriced(
+    reader: Reader, price: Callable[[UsageEvent], PricedEvent], selection: Selection
+) -> Iterator[tuple[Repriced, int]]:
+    """The events whose price would change, each with its revision."""
+    for event, revision in reader.events_with_revision(selection):
+        after = price(event.usage)
+        if not same_price(event, after):
+            yield Repriced(event, after), revision
 
 
 def _expire(connection: DuckDBPyConnection, keep_from_ns: int) -> int:

@@ -258,6 +258,7 @@ def test_the_trend_is_the_last_seven_local_days(store: Store) -> None:
     assert [day for day, _ in trend] == [date(2026, 3, n) for n in range(4, 11)]
     assert [f.list_usd for _, f in trend] == [Decimal(1), *[None] * 5, Decimal(2)]
     assert trend[-1][1].requests == 2
+    assert [f.unpriced_requests for _, f in trend] == [*[0] * 6, 1]
 
 
 @pytest.mark.usefixtures("zone")

@@ -189,6 +189,7 @@ def test_a_database_in_use_is_cleaned_once_it_is_free(tmp_path: Path, how: str) 
     assert events_of(tmp_path) == [as_cleaned(told(0)), told(3)]
 
 
+@pytest.mark.slow
 def test_several_at_once_do_it_once_and_lose_nothing(tmp_path: Path) -> None:
     make_old(tmp_path, 3, [told(number) for number in range(200)])
     script = (

@@ -41,6 +41,7 @@ from halton_meter.store.journal import LINE_BYTES_MAX
 from halton_meter.store.rows import dumps, sum_values, usage_values
 from tests.support.made import AMOUNT, ASKED, DISTINCT_EVENTS, HOUR_NS, NOON_NS, made
 from tests.support.older_store import make_old
+from tests.support.quick import every
 
 FEW = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -235,6 +236,18 @@ def test_a_new_price_is_a_new_revision_and_the_old_one_is_kept(store: Store) -> 
     assert list(store.reprice(price, Selection(), NOON_NS)) == []
 
 
+def test_a_dry_run_of_new_prices_writes_nothing_while_it_runs(store: Store) -> None:
+    store.append([made("a"), made("b")])
+    store.flush()
+
+    def files() -> dict[Path, bytes]:
+        return {each: each.read_bytes() for each in store.home.rglob("*") if each.is_file()}
+
+    before = files()
+    changes = store.reprice(lambda usage: doubled(made(usage.id)), Selection(), NOON_NS, True)
+    assert [files() == before for _ in changes] == [True, True]
+
+
 def test_only_a_new_stamp_of_the_book_is_no_revision(store: Store) -> None:
     store.append([made()])
     store.flush()
@@ -263,7 +276,7 @@ def test_retag_moves_one_project_and_only_when_told_to(store: Store) -> None:
 # --- versions ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", range(1, len(schema.MIGRATIONS)))
+@pytest.mark.parametrize("version", every(3, zip(range(1, len(schema.MIGRATIONS)))))
 def test_an_older_database_is_migrated_and_keeps_its_events(tmp_path: Path, version: int) -> None:
     make_old(tmp_path, version, [made()])
     with Store(tmp_path) as store:

@@ -326,13 +326,30 @@ def test_a_damaged_database_is_named_and_kept_aside(store: Store, damage: object
     assert store.database_path.read_bytes() == bad
 
     store.append([made("b")])
-    with pytest.raises(DatabaseDamaged, match="kept as"):
+    with pytest.raises(DatabaseDamaged, match="mv "):
         store.flush()
+    assert store.database_path.read_bytes() == bad
+    with pytest.raises(DatabaseDamaged, match="kept as"):
+        Store(store.home, puts_aside=True).flush()
     (kept,) = store.home.glob("meter.duckdb.damaged-*")
     assert kept.read_bytes() == bad
     assert store.waiting() == 1
     assert store.flush() == Flushed(stored=1)
     assert ids(store) == ["b"]
+
+
+def test_a_database_behind_a_link_to_nothing_is_made_there_for_its_owner_alone(
+    store: Store, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").mkdir()
+    file = tmp_path / "disk" / "events.duckdb"
+    store.home.mkdir(exist_ok=True)
+    store.database_path.symlink_to(file)
+    store.append([made("a")])
+    assert store.flush() == Flushed(stored=1)
+    assert (store.database_path.is_symlink(), file.stat().st_mode & 0o777) == (True, 0o600)
+    assert [each.name for each in file.parent.iterdir()] == [file.name]
+    assert ids(store) == ["a"]
 
 
 def test_a_database_that_is_put_aside_while_we_open_it_is_none(tmp_path: Path) -> None:
