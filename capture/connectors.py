@@ -23,15 +23,16 @@ import struct
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from capture import bpf
 from capture.helper.mounts import own_mounts, tracing_folder
-from capture.processes.proc import read_process, to_json
+from capture.processes.proc import read_process, to_json, working_directory
 from capture.unprivileged import become, end_with_parent
 from halton_meter.model import Process
 
-NICE = -10  # the process that connects may be gone in a millisecond
+NICE = -20  # the process that connects may be gone in a millisecond
 CONNECTING_MAX = 4_096
 RING_BYTES = 256 << 10  # some 3,000 connections that we have not looked at
 PORTS_MAX = 8
@@ -147,13 +148,35 @@ class Connecting:
 
     def _begin(self, change: Change) -> None:
         self._by_socket.pop(change.sk, None)  # a socket that never got its answer
-        process = read_process(change.pid)
+        process, shown_by = read_process(change.pid), change.pid
+        if process is not None and process.exe is None and (name := _name_if_over(change.pid)):
+            # Its folder and its network are gone, its parent is there; so is its name.
+            shown_by = process.parents[0][0] if process.parents else 0
+            process = replace(process, exe=name, cwd=working_directory(shown_by))
         # Another network has the same addresses.
-        if process is None or _network(change.pid) != self._network:
+        if process is None or _network(shown_by) != self._network:
             return
         self._by_socket[change.sk] = process
         if len(self._by_socket) > CONNECTING_MAX:
             self._by_socket.popitem(last=False)
+
+
+def _name_if_over(pid: int) -> str | None:
+    """The name of a process that has ended and whose parent has not asked for its end yet."""
+    with contextlib.suppress(OSError, IndexError), open(f"/proc/{pid}/stat", "rb") as file:
+        head, _, rest = file.read().rpartition(b")")
+        if rest.split()[0] == b"Z":
+            return head.partition(b"(")[2].decode("utf-8", "replace")
+    return None
+
+
+def _be_prompt() -> None:
+    """Run before others: as a process, and as the session that we are, where sessions share."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, NICE)
+    if os.getsid(0) == os.getpid():
+        with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as file:
+            file.write(str(NICE))
 
 
 def _network(pid: int | str) -> str | None:
@@ -220,8 +243,7 @@ def main(arguments: Sequence[str]) -> int:
         ring = open_ring(ports)
     except (OSError, ValueError):
         return 1
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, NICE)
+    _be_prompt()
     connecting = Connecting()
     become(uid, gid)
     end_with_parent()

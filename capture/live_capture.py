@@ -48,9 +48,11 @@ READY_S_MAX = 10.0
 _RAW_IP = 101  # tcpdump.org/linktypes.html: a packet from its IP header on
 _EPERM = 1
 _NO_INTERFACE = (errno.ENODEV, errno.ENXIO)
-# What a server must have sent over connections that are not read before its bulk is not copied any
-# more. A provider at the same address would lose bytes: those are counted, as holes.
-MUTED_AFTER_BYTES = 16 << 20
+# What a server must have sent over a connection that is not read before its bulk is not copied any
+# more. Never all of an address: a provider may be behind the same one.
+MUTED_AFTER_BYTES = 1 << 20
+PASSED_MAX = 4_096
+_IPV4_ADDRESSES_BYTES = 12  # of client and server, then their ports
 
 
 class LiveCapture:
@@ -97,9 +99,11 @@ class LiveCapture:
             self._hello,
             lambda *_: None,  # connections that are older than the capture
             self._pass_by,
+            keeping is not None,
         )
-        self._passed: Counter[str] = Counter()
-        self._muted: OrderedDict[str, None] = OrderedDict()
+        # By what the sniffer calls a connection (`sniffer.MUTED_BYTES`).
+        self._passed: OrderedDict[bytes, int] = OrderedDict()
+        self._muted: OrderedDict[bytes, None] = OrderedDict()
         self._connections = TcpConnections(self.findings, self._keys, self._reader, wanted, live)
         self._quic = QuicConnections(
             self._keys,
@@ -108,7 +112,7 @@ class LiveCapture:
             self._ready.append,
             quic,
             self._pass_by,
-            self._keep_quic,
+            self._quic_opened,
         )
         self._reassembly = Reassembly(self._connections, self._quic.datagram)
         self.ended = False  # the sniffer, before it was asked to
@@ -219,6 +223,7 @@ class LiveCapture:
         del buffer[:at]
 
     def _hello(self, flow: Flow, random: bytes) -> None:
+        self._unmute(_muted_name(flow.server[0], flow.client[1]))
         if self._keeping is None:
             return
         self._hellos[flow.id] = flow.keys[0], random
@@ -232,32 +237,49 @@ class LiveCapture:
             key, random = hello
             self._keeping.keep(key, self._keys.lines_of(random))
 
-    def _keep_quic(self, addresses: bytes, random: bytes) -> None:
+    def _quic_opened(self, addresses: bytes, random: bytes) -> None:
+        if len(addresses) == _IPV4_ADDRESSES_BYTES:
+            self._unmute(addresses[4:10])  # one UDP socket may have many connections
         if self._keeping is not None:
             self._keeping.keep(addresses, self._keys.lines_of(random))
 
     def _without_keys(self, connection: Connection) -> None:
         self._missing(connection, connection.peer or "")
 
-    def _pass_by(self, server: str, length: int) -> None:
-        """Have the kernel drop the bulk of a server that sends much that is not read."""
-        self._passed[server] += length
-        if self._passed[server] < MUTED_AFTER_BYTES or server in self._muted:
+    def _pass_by(self, server: str, port: int, length: int) -> None:
+        """Have the kernel drop the bulk of a connection that brings much that is not read."""
+        name = _muted_name(server, port)
+        if not name or name in self._muted:
             return
-        del self._passed[server]
-        try:
-            address = ipaddress.IPv4Address(server)
-        except ValueError:
+        passed = self._passed.pop(name, 0) + length
+        if passed < MUTED_AFTER_BYTES:
+            self._passed[name] = passed
+            if len(self._passed) > PASSED_MAX:
+                self._passed.popitem(last=False)
             return
-        self._muted[str(address)] = None
+        self._muted[name] = None
         if len(self._muted) > sniffer.MUTED_MAX:
             self._muted.popitem(last=False)
         self._tell_muted()
 
+    def _unmute(self, name: bytes) -> None:
+        """The client's port is another connection's now, which may be read."""
+        self._passed.pop(name, None)
+        if name in self._muted:
+            del self._muted[name]
+            self._tell_muted()
+
     def _tell_muted(self) -> None:
-        addresses = [ipaddress.IPv4Address(server).packed for server in self._muted]
         with contextlib.suppress(OSError):
-            self._link.sendall(b"".join(addresses) or bytes(4))
+            self._link.sendall(b"".join(self._muted) or bytes(sniffer.MUTED_BYTES))
+
+
+def _muted_name(server: str, port: int) -> bytes:
+    """What the sniffer calls a connection, by the server and the client's port; b"": IPv6."""
+    try:
+        return ipaddress.IPv4Address(server).packed + port.to_bytes(2)
+    except ValueError:
+        return b""
 
 
 def start_sniffer(

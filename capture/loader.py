@@ -46,11 +46,19 @@ PROGRAMS = (
     "on_socket_received",
 )
 # Also without these: only kernels since 5.15 that know their own types (BTF) take them.
-OPTIONAL = ("on_exec_with_arguments", "on_socket_sent")
+OPTIONAL = ("on_exec_with_arguments", "on_exit_of_last", "on_socket_sent")
+# Of these, what finds its way in the kernel by those types, which bcc does not read: it has the
+# kernel's headers at best, and those of another version than the one that runs.
+BY_TYPES = ("on_exit_of_last",)
 # Where the kernel attaches all of a file's probes at once it runs one of these, which carry on as
 # the program that belongs there; `FILE_PROGRAMS` has each at its number in `stacks.PROGRAMS`.
 AT_ONCE = (AT_ENTRY, AT_RETURN) = ("at_entry", "at_return")
 FILE_PROGRAMS = "file_programs"
+# Programs that another one stands in for: the verifier takes some 50 ms for each, at every start.
+SAME = {"leave_ex": "leave_plain"}
+# Besides, where cookies have the program's number, which this one reads.
+ANY_WRITE = "enter_any_write"
+WRITES = ("enter_write", "enter_write_ex", "enter_write_ex2")
 MAPS = (
     "settings",
     "stats",
@@ -110,6 +118,7 @@ class _Libbpf:
         for function in ("bpf_object__open_file", "bpf_object__find_map_by_name"):
             getattr(library, function).restype = ctypes.c_void_p
         library.bpf_object__find_program_by_name.restype = ctypes.c_void_p
+        self._same = SAME | (dict.fromkeys(WRITES, ANY_WRITE) if at_once else {})
         always = [*PROGRAMS, *(AT_ONCE if at_once else ())]
         wanted = [*always, *OPTIONAL]
         if self._load(object_path, ring_bytes):
@@ -127,6 +136,7 @@ class _Libbpf:
                 table.set(struct.pack("=I", number), struct.pack("=i", self.programs[name]))
 
     def _program(self, name: str) -> ctypes.c_void_p:
+        name = self._same.get(name, name)
         found = self._library.bpf_object__find_program_by_name(self._handle, name.encode())
         return ctypes.c_void_p(found)
 
@@ -139,8 +149,10 @@ class _Libbpf:
         self._handle = ctypes.c_void_p(handle)
         ring = library.bpf_object__find_map_by_name(self._handle, b"ring")
         library.bpf_map__set_max_entries(ctypes.c_void_p(ring), ctypes.c_uint(ring_bytes))
-        for name in (*without, *(() if self._at_once else AT_ONCE)):
-            library.bpf_program__set_autoload(self._program(name), ctypes.c_bool(False))
+        spared = WRITES if self._at_once else (*AT_ONCE, ANY_WRITE)
+        for name in (*without, *spared):
+            found = library.bpf_object__find_program_by_name(self._handle, name.encode())
+            library.bpf_program__set_autoload(ctypes.c_void_p(found), ctypes.c_bool(False))
         for name in (*stacks.PROGRAMS, *AT_ONCE) if self._at_once else ():
             library.bpf_program__set_expected_attach_type(self._program(name), bpf.UPROBE_MULTI)
         error = int(library.bpf_object__load(self._handle))
@@ -174,13 +186,17 @@ class _Bcc:
             self.programs = {
                 name: self._bpf.load_func(name, kinds.get(name, module.BPF.KPROBE)).fd
                 for name in PROGRAMS
+                if name not in SAME
             }
+            self.programs |= {name: self.programs[other] for name, other in SAME.items()}
             self.maps = {
                 name: module.lib.bpf_table_fd(self._bpf.module, name.encode()) for name in MAPS
             }
         except Exception as error:
             raise LoadFailed(f"the kernel refused the program: {error}") from error
         for name in OPTIONAL:
+            if name in BY_TYPES:
+                continue
             with contextlib.suppress(Exception):
                 self.programs[name] = self._bpf.load_func(name, kinds[name]).fd
 

@@ -115,6 +115,21 @@ static void *(*current_task)(void) = (void *)158; /* bpf_get_current_task_btf */
 static void *(*task_registers)(void *) = (void *)175; /* bpf_task_pt_regs */
 static long (*send_signal)(u32) = (void *)109; /* bpf_send_signal */
 
+#ifndef HALTON_BCC
+/* What we read of the kernel's own, wherever it has that: libbpf looks it up in the kernel's types. */
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+typedef struct {
+	int counter;
+} atomic_t;
+struct signal_struct {
+	atomic_t live; /* threads that have not begun to end */
+};
+struct task_struct {
+	struct signal_struct *signal;
+};
+#pragma clang attribute pop
+#endif
+
 /* ---- registers -------------------------------------------------------------------------- */
 
 #if defined(__TARGET_ARCH_arm64) || defined(__aarch64__)
@@ -396,10 +411,19 @@ struct hello_room {
 
 struct address {
 	u8 bytes[16];
-};
+} __attribute__((aligned(8)));
 
 struct host_name {
 	char text[HOST_BYTES_MAX];
+};
+
+/* What a UDP socket has opened: one may lead to several hosts, and its memory becomes another's. */
+struct quic_key {
+	u64 sk;
+	u32 tgid;
+	u16 own_port;
+	u16 zero;
+	struct address to;
 };
 
 struct lookup_call {
@@ -533,21 +557,21 @@ TRIE(hosts, struct host_key, u8, HOSTS_MAX);
 /* Which processes descend from whom. Key: a pid of the helper's namespace, or, with TREE_FORKED, of the
  * first one. Value: tree_flag bits, and above them the number of a run. User space writes those that it
  * is told of (process_tree.py); `forked` copies the parent's to the child, `executed` moves an entry to
- * the other key, `on_exit` drops it; `membership` reads. */
+ * the other key, `exited` drops it; `membership` reads. */
 HASH(tree, u32, u32, TREE_MAX);
 
 /* Key: a pid of the first namespace. Value: its parent, and when it was forked. `forked` writes,
- * `on_exit` drops; `born_ns` and `executed` read. */
+ * `exited` drops; `born_ns` and `executed` read. */
 LRU_HASH(births, u32, struct birth, THREADS_MAX);
 
 /* --- who is paused before a request (pausing.py) --- */
 
 /* Processes near a limit. Key: a process. Value: until when, and whose it must be. User space writes and
- * drops; `pause_before_request` reads, `on_exit` drops. */
+ * drops; `pause_before_request` reads, `exited` drops. */
 HASH(pausing, u32, struct pausing, PAUSING_MAX);
 
 /* Those that were stopped so, and nobody has let go on yet. Key: a process. Value: when.
- * `pause_before_request` writes; user space reads and drops, also of a helper that died; `on_exit` drops. */
+ * `pause_before_request` writes; user space reads and drops, also of a helper that died; `exited` drops. */
 HASH(paused, u32, u64, PAUSING_MAX);
 
 /* --- connections --- */
@@ -564,17 +588,17 @@ HASH(connections, struct key, struct connection, CONNECTIONS_MAX);
 LRU_HASH(denied, struct key, u64, DENIED_MAX);
 
 /* Key: a process that has, or had, metered connections. Value: 1. `admit` writes; whoever ends it
- * (`executed`, `on_exit`) reads, sends an EXIT, and drops it. */
+ * (`executed`, `exited`) reads, sends an EXIT, and drops it. */
 HASH(owners, u32, u8, CONNECTIONS_MAX);
 
 /* --- calls in progress --- */
 
 /* Key: thread and process id. Value: the calls that the thread is in. `enter` writes, `leave` reads and
- * frees a frame, `on_exit` drops. */
+ * frees a frame, `exited` drops. */
 HASH(threads, u64, struct thread, THREADS_MAX);
 
 /* Key: goroutine, process and direction. Value: connection and buffer of a call. `enter_go` writes,
- * `leave_go` reads and drops. */
+ * `link_socket` reads, `leave_go` reads and drops. */
 HASH(go_calls, struct go_key, struct go_call, THREADS_MAX);
 
 /* --- rustls --- */
@@ -589,7 +613,7 @@ LRU_HASH(rustls_connections, struct key, struct rustls, DENIED_MAX);
 LRU_HASH(rustls_updates, struct key, u64, 1024);
 
 /* Key: thread and process id. Value: the record that it decrypts. `enter_rustls_receive` writes,
- * `leave_rustls_receive` reads, `on_exit` drops. */
+ * `leave_rustls_receive` reads, `exited` drops. */
 HASH(rustls_calls, u64, struct rustls_call, THREADS_MAX);
 
 /* Key: thread and process id. Value: the connection that it has encrypted for, until it writes to a socket.
@@ -603,12 +627,12 @@ LRU_HASH(rustls_senders, u64, struct rustls_sender, 1024);
  * drops, the programs at sends and receives count. User space reads those that are open (sockets.py). */
 HASH(sockets, u64, struct tcp_socket, SOCKETS_MAX);
 
-/* UDP sockets that have opened a QUIC connection to a provider. Key: the kernel's socket. Value: the
- * process. `quic_opened` reads and writes. */
-LRU_HASH(quic_sockets, u64, u32, 1024);
+/* QUIC connections to providers that were told of. Key: the kernel's socket, its process, its port and
+ * the far address. Value: 1. `quic_opened` reads and writes. */
+LRU_HASH(quic_sockets, struct quic_key, u8, 1024);
 
 /* The SSL object that a thread writes on, until its socket is known. Key: thread and process id.
- * `enter` and `enter_go` write, `link_socket` reads, `on_exit` drops. */
+ * `enter` and `enter_rustls_send` write, `link_socket` reads, `exited` drops. Of Go `go_calls` tells. */
 LRU_HASH(writing, u64, u64, 4096);
 
 /* Addresses of provider hosts. Key: an address. Value: the name it was last looked up or connected to
@@ -682,8 +706,8 @@ INLINE struct tcp_socket *blank_socket_get(u32 *k) { return blank_socket.lookup(
 INLINE struct tcp_socket *sockets_get(u64 *k) { return sockets.lookup(k); }
 INLINE int sockets_set(u64 *k, struct tcp_socket *v) { return sockets.update(k, v); }
 INLINE void sockets_drop(u64 *k) { sockets.delete(k); }
-INLINE u32 *quic_sockets_get(u64 *k) { return quic_sockets.lookup(k); }
-INLINE void quic_sockets_set(u64 *k, u32 *v) { quic_sockets.update(k, v); }
+INLINE u8 *quic_sockets_get(struct quic_key *k) { return quic_sockets.lookup(k); }
+INLINE void quic_sockets_set(struct quic_key *k, u8 *v) { quic_sockets.update(k, v); }
 INLINE u64 *writing_get(u64 *k) { return writing.lookup(k); }
 INLINE void writing_set(u64 *k, u64 *v) { writing.update(k, v); }
 INLINE void writing_drop(u64 *k) { writing.delete(k); }
@@ -773,8 +797,13 @@ INLINE u32 membership(u32 tgid)
 {
 	u32 *member = tree_get(&tgid);
 	if (!member) {
-		u32 born = (bpf_get_current_pid_tgid() >> 32) | TREE_FORKED;
+		u64 ids = bpf_get_current_pid_tgid();
+		u32 born = (ids >> 32) | TREE_FORKED;
 		member = tree_get(&born);
+		if (!member) { /* its first thread has ended: each of the others has an entry of its own */
+			u32 thread = (u32)ids | TREE_FORKED;
+			member = tree_get(&thread);
+		}
 	}
 	return member ? *member : 0;
 }
@@ -1652,7 +1681,8 @@ INLINE int enter(struct registers *r, u32 direction, u64 length_pointer, u64 len
 	return 0;
 }
 
-INLINE int leave(struct registers *r, int ex)
+/* Of a call that says through a pointer how much it was, or by what it returns. */
+INLINE int leave(struct registers *r)
 {
 	u32 zero = 0;
 	struct settings *s = settings_get(&zero);
@@ -1674,7 +1704,7 @@ INLINE int leave(struct registers *r, int ex)
 	if (!f.sp)
 		return 0;
 	u64 total = 0;
-	if (ex) {
+	if (f.length_pointer) {
 		if ((int)RESULT(r) != 1 || bpf_probe_read_user(&total, sizeof(total), (void *)f.length_pointer))
 			return 0;
 	} else {
@@ -1714,8 +1744,23 @@ SECTION("uprobe/enter_read_ex") int enter_read_ex(struct registers *r) { return 
 SECTION("uprobe/enter_write") int enter_write(struct registers *r) { return enter(r, SENT, 0, (u32)ARG3(r)); }
 SECTION("uprobe/enter_write_ex") int enter_write_ex(struct registers *r) { return enter(r, SENT, ARG4(r), ARG3(r)); }
 SECTION("uprobe/enter_write_ex2") int enter_write_ex2(struct registers *r) { return enter(r, SENT, ARG5(r), ARG3(r)); }
-SECTION("uprobe/leave_plain") int leave_plain(struct registers *r) { return leave(r, 0); }
-SECTION("uprobe/leave_ex") int leave_ex(struct registers *r) { return leave(r, 1); }
+SECTION("uprobe/leave_plain") int leave_plain(struct registers *r) { return leave(r); }
+
+#if !IS_BCC
+/* All three in one, which takes a third of the verifier's time: where the cookie has the program's
+ * number, that says which it is (`ANY_WRITE` in loader.py). */
+#define NUMBER_WRITE_EX 2
+#define NUMBER_WRITE_EX2 4
+SECTION("uprobe/enter_any_write") int enter_any_write(struct registers *r)
+{
+	u64 number = bpf_get_attach_cookie(r) >> (64 - COOKIE_PROGRAM_BITS);
+	u64 fourth = ARG4(r), fifth = ARG5(r);
+	/* Else clang chooses a register's address, which the verifier refuses. */
+	asm volatile("" : "+r"(fourth), "+r"(fifth));
+	u64 pointer = number == NUMBER_WRITE_EX ? fourth : number == NUMBER_WRITE_EX2 ? fifth : 0;
+	return enter(r, SENT, pointer, number ? ARG3(r) : (u32)ARG3(r));
+}
+#endif
 
 /* ---- Go: crypto/tls.(*Conn).Read and .Write ---------------------------------------------------
  *
@@ -1821,8 +1866,6 @@ INLINE int enter_go(struct registers *r, u32 direction)
 		if (first == HTTP2_PREFACE)
 			begin_again(&key, c);
 	}
-	if (c && direction == SENT && !c->linked)
-		writing_set(&ids, &key.ssl);
 	if (go_calls_set(&call_key, &call))
 		count(STAT_THREAD_TABLE_FULL, 1);
 	if (c && direction == SENT)
@@ -2835,6 +2878,8 @@ SECTION("tracepoint/fork_locations") int fork_locations(struct fork_arguments_lo
 struct exec_arguments {
 	u64 common;
 	u32 filename; /* its distance from here, and in the high half its length */
+	u32 pid;
+	u32 old_pid; /* of the thread that has called exec: it takes the number of the first */
 };
 /* Its connections went with its memory. */
 INLINE void end_connections(u32 tgid)
@@ -2918,6 +2963,15 @@ INLINE int executed(struct exec_arguments *a, u64 sp)
 	if (!s)
 		return 0;
 	u32 tgid = current_ids(s) >> 32;
+	u32 thread = a->old_pid | TREE_FORKED, first = (bpf_get_current_pid_tgid() >> 32) | TREE_FORKED;
+	if (thread != first) { /* the first thread has ended before, and with it the process's entries */
+		u32 *kept = tree_get(&thread);
+		if (kept && !tree_get(&first)) {
+			u32 member = *kept;
+			tree_set(&first, &member);
+		}
+		tree_drop(&thread);
+	}
 	end_connections(tgid);
 	if (!in_scope(s, tgid)) {
 		if ((membership(tgid) & (TREE_IN_SCOPE | TREE_EXCLUDED)) == TREE_IN_SCOPE)
@@ -3123,7 +3177,19 @@ INLINE int same_host(u64 *one, u64 *other)
 	return !differs;
 }
 
-/* Is it the socket of the TLS connection that this thread writes on? */
+/* The connection that the goroutine of this system call writes on; 0: none, or no Go. The thread would
+ * not tell it: another goroutine may have begun a Write here and gone on elsewhere. */
+INLINE u64 go_writing(u32 tgid)
+{
+	struct registers *user = task_registers(current_task());
+	struct go_key call_key = {.tgid = tgid, .direction = SENT};
+	if (!user || bpf_probe_read_kernel(&call_key.goroutine, sizeof(call_key.goroutine), &GO_GOROUTINE(user)))
+		return 0;
+	struct go_call *call = go_calls_get(&call_key);
+	return call ? call->connection : 0;
+}
+
+/* Is it the socket of the TLS connection that this thread, or goroutine, writes on? */
 INLINE void link_socket(struct tcp_socket *t)
 {
 	u32 zero = 0;
@@ -3131,11 +3197,14 @@ INLINE void link_socket(struct tcp_socket *t)
 	if (!s)
 		return;
 	u64 ids = current_ids(s);
-	u64 *ssl = writing_get(&ids);
+	u64 *by_thread = writing_get(&ids);
 	learn_by_socket(ids, t);
+	u64 ssl = go_writing(ids >> 32);
+	if (!ssl && by_thread)
+		ssl = *by_thread;
 	if (!ssl)
 		return;
-	struct key key = {.ssl = *ssl, .tgid = ids >> 32};
+	struct key key = {.ssl = ssl, .tgid = ids >> 32};
 	struct connection *c = connections_get(&key);
 	if (!c || c->linked)
 		return;
@@ -3274,9 +3343,26 @@ INLINE void read_hello(struct hello *h, const u8 *hello, u32 length)
 	h->name.length = named;
 }
 
+/* IPv4 on a socket for both is known by its IPv4 address. */
+INLINE void unmap(struct address *a)
+{
+	u64 *half = (u64 *)a->bytes;
+	if (!half[0] && (u32)half[1] == 0xffff0000) {
+		half[0] = half[1] >> 32;
+		half[1] = 0;
+	}
+}
+
+INLINE struct host_name *host_of(struct address *a)
+{
+	struct address plain = *a;
+	unmap(&plain);
+	return addresses_get(&plain);
+}
+
 INLINE void host_by_address(struct tcp_socket *t)
 {
-	struct host_name *known = addresses_get((struct address *)t->address);
+	struct host_name *known = host_of((struct address *)t->address);
 	if (!known || (t->flags & SOCKET_ASKED_PROXY))
 		return;
 	__builtin_memcpy(t->host, known->text, sizeof(t->host));
@@ -3299,8 +3385,11 @@ INLINE int judge_hello(struct tcp_socket *t, const u8 *hello, u32 length)
 		host_by_address(t);
 	} else if (wanted_host(&h->name)) {
 		bpf_probe_read_kernel(t->host, sizeof(t->host), h->name.text);
-		if (!(t->flags & SOCKET_ASKED_PROXY))
-			addresses_set((struct address *)t->address, (struct host_name *)t->host);
+		if (!(t->flags & SOCKET_ASKED_PROXY)) {
+			struct address plain = *(struct address *)t->address;
+			unmap(&plain);
+			addresses_set(&plain, (struct host_name *)t->host);
+		}
 	} else if (h->encrypted) {
 		t->flags |= SOCKET_ECH;
 		host_by_address(t);
@@ -3593,8 +3682,7 @@ INLINE void quic_opened(u64 sk, u64 total)
 	if (!s)
 		return;
 	u32 tgid = current_ids(s) >> 32;
-	u32 *known = quic_sockets_get(&sk);
-	if ((known && *known == tgid) || !in_scope(s, tgid) || !find_payload(&p, total) ||
+	if (!in_scope(s, tgid) || !find_payload(&p, total) ||
 	    bpf_probe_read_user(&head, sizeof(head), (void *)p.base) ||
 	    bpf_probe_read_user(&version, sizeof(version), (void *)(p.base + 1)))
 		return;
@@ -3609,11 +3697,15 @@ INLINE void quic_opened(u64 sk, u64 total)
 	} else {
 		connected_to(sk, (u8 *)&address);
 	}
-	struct host_name *host = addresses_get(&address);
-	struct tcp_socket *blank = blank_socket_get(&zero);
-	if (!host || !blank)
+	struct host_name *host = host_of(&address);
+	if (!host)
 		return;
-	quic_sockets_set(&sk, &tgid);
+	u8 one = 1;
+	struct quic_key key = {.sk = sk, .tgid = tgid, .to = address};
+	bpf_probe_read_kernel(&key.own_port, sizeof(key.own_port), (void *)(sk + 14)); /* skc_num */
+	if (quic_sockets_get(&key))
+		return;
+	quic_sockets_set(&key, &one);
 	struct socket_record *r = process_ring_reserve(sizeof(*r));
 	if (!r) {
 		count(STAT_PROCESS_RING_FULL, 1);
@@ -3627,8 +3719,11 @@ INLINE void quic_opened(u64 sk, u64 total)
 	r->head.ssl = sk;
 	r->head.at_ns = bpf_ktime_get_ns();
 	r->head.opened_ns = r->head.at_ns;
-	r->head.offset = born_ns();
-	r->head.length = membership(tgid) >> TREE_FLAG_BITS;
+	r->socket.opened_ns = r->head.at_ns;
+	r->socket.born_ns = born_ns();
+	r->socket.tgid = tgid;
+	r->socket.uid = r->head.uid;
+	r->socket.run = membership(tgid) >> TREE_FLAG_BITS;
 	bpf_get_current_comm(r->socket.comm, sizeof(r->socket.comm));
 	__builtin_memcpy(r->socket.host, host->text, sizeof(r->socket.host));
 	process_ring_submit(r);
@@ -3701,42 +3796,57 @@ SECTION("raw_tracepoint/sock_recv_length") int on_socket_received(struct socket_
 	return 0;
 }
 
-SECTION("raw_tracepoint/sched_process_exit") int on_exit(void *unused)
+/* The end of a thread; `last`: of its process with it. The first thread may end before the others. */
+INLINE int exited(u32 last)
 {
 	u32 zero = 0;
 	struct settings *s = settings_get(&zero);
 	if (!s)
 		return 0;
-	u64 ids = current_ids(s);
+	u64 ids = current_ids(s), global = bpf_get_current_pid_tgid();
 	u32 tgid = ids >> 32, tid = ids;
 	threads_drop(&ids);
 	rustls_calls_drop(&ids);
 	writing_drop(&ids);
-	u32 born = bpf_get_current_pid_tgid();
+	u32 born = global;
+	if (born != (u32)(global >> 32)) {
+		births_drop(&born);
+		born |= TREE_FORKED;
+		tree_drop(&born);
+		tree_drop(&tid);
+	}
+	if (!last)
+		return 0;
+	born = global >> 32;
 	births_drop(&born);
 	born |= TREE_FORKED;
 	tree_drop(&born);
-	tree_drop(&tid);
-	if (tid != tgid)
-		return 0;
+	tree_drop(&tgid);
 	pausing_drop(&tgid);
 	paused_drop(&tgid);
-	if (!owners_get(&tgid))
-		return 0;
-	struct record *r = ring_reserve(sizeof(*r));
-	if (!r) {
-		count(STAT_NOTICES_LOST, 1);
-		return 0;
-	}
-	__builtin_memset(r, 0, sizeof(*r));
-	r->size = sizeof(*r);
-	r->kind = KIND_EXIT;
-	r->tgid = tgid;
-	r->at_ns = bpf_ktime_get_ns();
-	owners_drop(&tgid);
-	ring_submit(r);
+	end_connections(tgid);
 	return 0;
 }
+
+/* Without the kernel's types the end of the first thread is taken for that of its process. */
+SECTION("raw_tracepoint/sched_process_exit") int on_exit(void *unused)
+{
+	u64 ids = bpf_get_current_pid_tgid();
+	return exited((u32)ids == ids >> 32);
+}
+
+#ifndef HALTON_BCC
+SECTION("raw_tracepoint/sched_process_exit") int on_exit_of_last(void *unused)
+{
+	struct task_struct *task = current_task();
+	struct signal_struct *shared = 0;
+	int live = 0;
+
+	bpf_probe_read_kernel(&shared, sizeof(shared), &task->signal);
+	bpf_probe_read_kernel(&live, sizeof(live), &shared->live.counter);
+	return exited(!live);
+}
+#endif
 
 #ifndef HALTON_BCC
 /* ---- all probes of a file at once --------------------------------------------------------------

@@ -35,6 +35,7 @@ PACKET_BYTES_MAX = 65_600  # IPv4's longest, with what offloading makes of it
 BATCH = 256  # packets between two looks at the reader's side
 STATISTICS_EVERY_S = 0.25
 MUTED_MAX = 24
+MUTED_BYTES = 6  # of each: the server's IPv4 address, the client's port
 PORTS_MAX = 8
 
 _ETH_P_ALL, _ETH_P_IP, _ETH_P_IPV6 = 3, 0x0800, 0x86DD
@@ -82,9 +83,9 @@ class _Program:
 def port_filter(ports: Sequence[int], muted: Iterable[bytes] = ()) -> bytes:
     """The filter: TCP to or from these ports; loopback shows each packet twice, and one is taken.
 
-    UDP is QUIC's. From `muted` servers (IPv4, four bytes each) only what begins or ends a
-    connection comes, of UDP what has a long header: the bulk of what is no provider's is not
-    copied.
+    UDP is QUIC's. Of `muted` connections (`MUTED_BYTES` each) only what begins or ends one comes
+    from the server, of UDP what has a long header: the bulk of what is no provider's is not copied.
+    Other connections to the same address are a provider's, maybe.
     """
     program = _Program()
     program.add(_LOAD_WORD, _PACKET_TYPE)
@@ -141,9 +142,13 @@ def _take_4(
     program.place(f"from a server, {take}")
     program.add(_LOAD_BYTE_X, at)
     program.add(_ANY_BIT, bits, take)
-    program.add(_LOAD_WORD, 12)
-    for address in muted[:MUTED_MAX]:
-        program.add(_EQUAL, int.from_bytes(address), "refuse 4")
+    for number, each in enumerate(muted[:MUTED_MAX]):
+        other = f"{take}, not {number}"
+        program.add(_LOAD_WORD, 12)
+        program.add(_EQUAL, int.from_bytes(each[:4]), None, other)
+        program.add(_LOAD_HALF_X, 2)
+        program.add(_EQUAL, int.from_bytes(each[4:]), "refuse 4")
+        program.place(other)
     program.place(take)
     program.add(_RETURN, _TAKE_BYTES)
 
@@ -238,10 +243,11 @@ class Sniffer:
             self._link.sendall(HEAD.pack(DROPPED, 0, dropped))
 
     def _obey(self) -> bool:
-        """Mute the servers that the reader names; False when it has gone."""
-        said = self._link.recv(4 * MUTED_MAX)
+        """Mute the connections that the reader names; False when it has gone."""
+        size = MUTED_BYTES
+        said = self._link.recv(size * MUTED_MAX)
         if said:
-            muted = [said[at : at + 4] for at in range(0, len(said) - 3, 4)]
+            muted = [said[at : at + size] for at in range(0, len(said) - size + 1, size)]
             attach(self._packets, port_filter(self._ports, muted))
         return bool(said)
 

@@ -607,6 +607,10 @@ class UprobeSource:
         """
         self._order({"do": "pause", "pid": pid, "on": on})
 
+    def pause_run(self, root: int, *, on: bool) -> None:
+        """The same of all processes of a run (`watch`), from their first request on."""
+        self._order({"do": "pause_run", "pid": root, "on": on})
+
     def take_paused(self) -> list[int]:
         """Processes that wait since the last call; what they have read was handed out before."""
         found, self._paused = self._paused, []

@@ -15,7 +15,7 @@ from typing import Any
 
 from capture.functions.stacks import INSTEAD, STACKS, Stack
 from capture.helper.discovery import Discovery, Watched
-from capture.helper.files.attachments import File
+from capture.helper.files.file import File
 from capture.helper.process_tree import ProcessTree
 from capture.helper.sockets import LATE, PASSED_BY, SEARCHED, Cause
 from capture.processes import proc
@@ -199,8 +199,8 @@ class Coverage:
         self._recent.pop(process.pid, None)
         if len(self._recent) >= RECENT_MAX:
             self._recent.pop(next(iter(self._recent)))
-        watched = self._discovery.watched.get(process.pid)
-        files = self._files_of(watched) if watched else []
+        watched = self._watched(process.pid)  # it may have ended by now
+        files = self._files_of(watched)
         wanted = Stack.RUSTLS if connection & RUSTLS_ID else None
         of_stack = (each for each in files if wanted in _probed_stacks(each))
         file = next(of_stack, next((each for each in files if each.probes), None))
@@ -210,7 +210,7 @@ class Coverage:
             "stack": wanted.value if wanted else _stack_of(file),
             "library": file.path if file else None,
             "state": "metered",
-            "advice": _beside(watched.java, files) if watched else None,
+            "advice": _beside(watched.java, files),
         }
 
 

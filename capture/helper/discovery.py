@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from capture import bpf, protocol
 from capture.functions.finder_protocol import STRUCTURE_FILE_BYTES_MIN
 from capture.functions.stacks import STACKS, Stack
-from capture.helper.files.attachments import LINKER_PREFIX, Attachments, open_regular
+from capture.helper.files.attachments import LINKER_PREFIX, Attachments
+from capture.helper.files.file import open_regular
 from capture.helper.files.searches import FileId, SearchPriority
 from capture.helper.holding import Holder
 from capture.helper.identities import Identities, folder_of
@@ -92,7 +93,8 @@ def _is_tls_by_name(mapping: FileMapping) -> bool:
 
 class Discovery:
     """Follows processes. `on_change` is called when there is something new to report, `on_open`
-    when a process has opened a connection that is metered, `on_pause` when one waits."""
+    when a process has opened a connection that is metered, `on_pause` when one waits, `on_begin`
+    when one runs another program or has opened such a connection."""
 
     def __init__(
         self,
@@ -103,6 +105,7 @@ class Discovery:
         on_open: Callable[[protocol.Record], None] = lambda _: None,
         on_socket: Callable[[protocol.Record], None] = lambda _: None,
         on_pause: Callable[[protocol.Record], None] = lambda _: None,
+        on_begin: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._process_ring = process_ring
         self.files = files
@@ -111,6 +114,7 @@ class Discovery:
         self._on_open = on_open
         self._on_socket = on_socket
         self._on_pause = on_pause
+        self._on_begin = on_begin
         self.identities = Identities(self._runs_another)
         self.lookups = Lookups()
         self.watched: dict[int, Watched] = {}
@@ -175,6 +179,7 @@ class Discovery:
             taken.append(record)
             if record.kind == protocol.EXEC:
                 self.identities.executed(record, folder_of(record))
+                self._on_begin(record.tgid)
         if last is not None:
             self._process_ring.release(last)
         self._process_ring.skip_discarded()
@@ -185,6 +190,7 @@ class Discovery:
                     record.tgid, fresh=True, at_ns=record.at_ns, born_ns=record.offset
                 )
                 self._on_open(record)
+                self._on_begin(record.tgid)
             elif record.kind in _OF_SOCKETS:
                 self._on_socket(record)
             elif record.kind == protocol.PAUSED:
@@ -220,12 +226,12 @@ class Discovery:
         elif record.kind == protocol.SOCKET_ENDED:
             self._on_change()
         elif record.kind == protocol.LEARNED:
-            self.files.learned(record.offset, record.length)
+            self.files.probes.learned(record.offset, record.length)
         elif record.kind == protocol.NOT_HTTP:
-            self.files.not_http(record.offset)
+            self.files.probes.not_http(record.offset)
             self._on_change()
         elif record.kind == protocol.RECORDS_MISSED:
-            self.files.records_missed(record.offset)
+            self.files.probes.records_missed(record.offset)
             self._on_change()
         elif record.kind == protocol.OPEN:
             self._named(record.tgid, record.ssl)
@@ -312,14 +318,15 @@ class Discovery:
                 self.files.hurry(identity)
 
     def _hold_at_once(self, pid: int, mapping: FileMapping) -> bool:
-        """Stop a process of a run before its TLS library is looked into: that may take us long."""
-        if pid in self._held or not _is_tls_by_name(mapping):
+        """Stop a process of a run before what may be its TLS library is looked into: that may take
+        us long, and what is known from an earlier run is attached to at once."""
+        if pid in self._held or self.watched[pid].executed is None:
             return False
-        if self.watched[pid].executed is None or self.files.knows_inode(
-            (mapping.device, mapping.inode)
-        ):
+        if self.files.knows_inode((mapping.device, mapping.inode)):
             return False
         if not (self._scope.is_of_run(pid) and self._scope.in_scope(pid)):
+            return False
+        if not _is_worth_waiting_for(mapping) or self.files.is_known_without(mapping.link):
             return False
         self._holder.hold(pid, HOLD_S)
         return True

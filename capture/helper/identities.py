@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from capture.helper.files.attachments import open_regular
+from capture.helper.files.file import open_regular
 from capture.processes.arguments import REDACTED, without_secrets
 from capture.processes.proc import (
     parents_of,

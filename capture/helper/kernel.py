@@ -124,7 +124,8 @@ def attach_tracepoints(kernel: Kernel, hold: Hold) -> list[int]:
         return bpf.attach_tracepoint(program, number("sched_process_fork"))
 
     def on_exit() -> int:
-        return bpf.attach_raw_tracepoint(programs["on_exit"], "sched_process_exit")
+        program = programs.get("on_exit_of_last", programs["on_exit"])
+        return bpf.attach_raw_tracepoint(program, "sched_process_exit")
 
     return [
         *attach_kept(hold, "exit", on_exit),

@@ -27,9 +27,10 @@ from capture import bpf, loader, protocol
 from capture.environment import check_environment
 from capture.helper.coverage import Coverage
 from capture.helper.discovery import Discovery
-from capture.helper.files.attachments import DESCRIPTORS_MAX, Attachments, allow_descriptors
+from capture.helper.files.attachments import Attachments
 from capture.helper.files.known_files import KnownFiles
 from capture.helper.files.name_locations import VALUE, NameLocations
+from capture.helper.files.probes import DESCRIPTORS_MAX, allow_descriptors
 from capture.helper.files.searches import Finder
 from capture.helper.handover import Hold
 from capture.helper.holding import is_possible
@@ -115,6 +116,7 @@ class Helper:
             self._name_opener,
             self._take_socket,
             self._take_paused,
+            self._begun,
         )
         self._pausing = Pausing(kernel.maps["pausing"], kernel.maps["paused"], scope.reader)
         self._coverage = Coverage(self._discovery, self._tree)
@@ -323,6 +325,8 @@ class Helper:
                 self._set_pace(command)
             elif what == "pause":
                 self._pause(command)
+            elif what == "pause_run":
+                self._pause_run(command)
             elif what == "answer":
                 self._pausing.answer(_pid(command), goes_on=command.get("goes_on") is not False)
             elif what == "search":
@@ -358,6 +362,20 @@ class Helper:
             raise Refused(f"process {pid} is not metered")
         if not self._pausing.name(pid, on=on):
             raise Refused(f"process {pid} cannot be paused")
+
+    def _pause_run(self, command: dict[str, Any]) -> None:
+        """The same of all processes of a run."""
+        pid, on = _pid(command), command.get("on") is True
+        if on and not self._scope.in_scope(pid):
+            raise Refused(f"process {pid} is not metered")
+        if on and pid not in self._tree.roots_of(pid):
+            self._tree.watch(pid)  # the only run there is: nobody had to tell it from others
+        self._pausing.name_run(pid, on=on)
+
+    def _begun(self, pid: int) -> None:
+        """A process runs another program, or has opened a connection."""
+        if self._pausing.has_runs:
+            self._pausing.begun(pid, self._tree.roots_of(pid))
 
     def _search(self, command: dict[str, Any]) -> int:
         """Look into programs that somebody is about to run; how many are searched as yet."""

@@ -16,11 +16,15 @@ import os
 import signal
 import struct
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from capture import bpf
+from capture.processes import proc
 
-PROCESSES_MAX = 64
+PROCESSES_MAX = RUNS_MAX = 64
+OF_RUNS_MAX = 32
+"""Named for their run: the others are left to those of which a request was seen."""
 PAUSE_S_MAX = 5.0
 """How long one waits for an answer of the reader's."""
 LEASE_S, RENEW_S = 2.0, 0.5
@@ -44,6 +48,8 @@ class Pausing:
         self._kernel_paused = bpf.Map(paused_fd, 4, 8)
         self._uid = uid
         self._named: set[int] = set()
+        self._runs: set[int] = set()  # by the pid of the first process
+        self._of_run: dict[int, int] = {}  # who was named for a run
         self._renew_at = 0.0
         self._paused: dict[int, _Paused] = {}
         self.given_up = 0  # that the reader has said nothing of in time
@@ -55,6 +61,7 @@ class Pausing:
         """
         if not on:
             self._named.discard(pid)
+            self._of_run.pop(pid, None)
             self._pausing.drop(_key(pid))
             return True
         if self._uid is None or _owner(pid) != self._uid or len(self._named) >= PROCESSES_MAX:
@@ -63,6 +70,45 @@ class Pausing:
             return False
         self._named.add(pid)
         return self._renew(pid)
+
+    def name_run(self, root: int, *, on: bool) -> None:
+        """The same of all processes of a run, also of those that begin later, as no reader hears of
+        one before its first request. Who would be seen to stop is left out."""
+        if on and len(self._runs) < RUNS_MAX:
+            self._runs.add(root)
+            for pid in proc.descendants(root):
+                self.begun(pid, (root,))
+        elif not on:
+            self._runs.discard(root)
+            for pid in [pid for pid, run in self._of_run.items() if run == root]:
+                self.name(pid, on=False)
+
+    @property
+    def has_runs(self) -> bool:
+        """Whether `begun` is to be told of who begins."""
+        return bool(self._runs)
+
+    def begun(self, pid: int, roots: Iterable[int]) -> None:
+        """A process of these runs has begun a program, or a connection."""
+        root = next((each for each in roots if each in self._runs), None)
+        if root is None:
+            return
+        job = _job_of(pid)
+        if job is None or job != _job_of(root):
+            if pid in self._of_run:  # it has left the run's job since
+                self.name(pid, on=False)
+            return
+        if pid in self._named:
+            return
+        if len(self._of_run) >= OF_RUNS_MAX:
+            self._forget_ended()
+        if len(self._of_run) < OF_RUNS_MAX and self.name(pid, on=True):
+            self._of_run[pid] = root
+
+    def _forget_ended(self) -> None:
+        for pid in [each for each in self._named if self._pausing.get(_key(each)) is None]:
+            self._named.discard(pid)
+            self._of_run.pop(pid, None)
 
     def _renew(self, pid: int) -> bool:
         until_ns = time.monotonic_ns() + int(LEASE_S * 1e9)
@@ -116,16 +162,15 @@ class Pausing:
             self.answer(pid, goes_on=True)
         if self._named and now >= self._renew_at:
             self._renew_at = now + RENEW_S
+            self._forget_ended()  # those that the kernel has forgotten
             for pid in list(self._named):
-                # The kernel has forgotten it: it has ended.
-                if self._pausing.get(_key(pid)) is None:
-                    self._named.discard(pid)
-                else:
-                    self._renew(pid)
+                self._renew(pid)
 
     def end(self) -> None:
         """Pause nobody any more, and let go on all that are, also by a helper before us."""
         self._named.clear()
+        self._runs.clear()
+        self._of_run.clear()
         for pid in list(self._paused):
             self.answer(pid, goes_on=True)
         _let_all_go(self._pausing, self._kernel_paused)
@@ -169,4 +214,19 @@ def _owner(pid: int) -> int | None:
             found = (line for line in file if line.startswith(b"Uid:"))
             return int(next(found).split()[1])
     except (OSError, ValueError, IndexError, StopIteration):
+        return None
+
+
+def _job_of(pid: int) -> tuple[int, int] | None:
+    """Its process group and session; None for one that is gone, or that a debugger has.
+
+    A shell with job control gives a job a group of its own, and takes its terminal back when that
+    stops; a debugger is told of a stop. We trace who is held (`holding.py`), and are none.
+    """
+    tracer = proc.tracer_of(pid)
+    if tracer is None or (tracer and not os.path.exists(f"/proc/self/task/{tracer}")):
+        return None
+    try:
+        return os.getpgid(pid), os.getsid(pid)
+    except OSError:
         return None

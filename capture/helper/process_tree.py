@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from capture import bpf
 from capture.helper.handover import Hold
@@ -95,6 +96,13 @@ class ProcessTree:
     def run_of(self, pid: int) -> int:
         """The number of the run that a living process belongs to; 0 for none."""
         return self._entry(pid) >> FLAG_BITS
+
+    def roots_of(self, pid: int) -> Iterator[int]:
+        """The first processes of the runs that a living process belongs to, innermost first."""
+        number = self.run_of(pid)
+        while number and (run := self._runs.get(number)):
+            yield run.pid
+            number = run.outer
 
     def with_run(self, process: Process, number: int) -> Process:
         """The process with the first ones of its runs among its parents, where /proc lost them."""

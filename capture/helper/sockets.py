@@ -69,6 +69,14 @@ class _OfProcess:
     older: list[bytes] = field(default_factory=list)  # far addresses, of what was open before us
     ended: list[tuple[_Seen | None, Socket]] = field(default_factory=list)  # and not judged yet
 
+    def may_lead_to(self, host: str) -> bool:
+        """Whether it has a connection open to a host, or one whose host is not known."""
+        ended = (socket for _, socket in self.ended)
+        return any(
+            socket.host in ("", host)
+            for socket in (*(each.socket for each in self.open.values()), *ended)
+        )
+
     def left(self, host: str) -> int:
         """TLS connections to a host that no ended socket carried."""
         return self.used.get(host, 0) - self.found.get(host, 0)
@@ -165,7 +173,21 @@ class Sockets:
             socket = _unseen(record.tgid, record.offset, record.host)
             self._add(self._name(socket), socket, None, None)
         else:
-            known.used[record.host] = known.used.get(record.host, 0) + 1
+            holder = known if known.may_lead_to(record.host) else self._lender(record) or known
+            holder.used[record.host] = holder.used.get(record.host, 0) + 1
+
+    def _lender(self, record: protocol.Record) -> _OfProcess | None:
+        """Of a process without a connection of its own to the host: the nearest one above that has
+        one on which no probe saw it write. It made the handshake, and the child sends the request.
+        """
+        process = self._name(_unseen(record.tgid, record.offset, record.host))
+        for above, _ in process.parents:
+            for (pid, _born_ns), known in self._processes.items():
+                if pid == above and known.may_lead_to(record.host):
+                    states = self._states(known).values()
+                    if any(now and now.host == record.host and not now.linked for now in states):
+                        return known
+        return None
 
     def note_older(self, pid: int, addresses: list[bytes]) -> None:
         """A process has connections that were opened before anybody watched."""

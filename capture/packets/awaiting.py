@@ -14,9 +14,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from capture.packets import tls
+from capture.packets import inner_hello, tls
 from capture.packets.keylog import KeyLog
-from capture.packets.opening import Opening, Records, Work, encrypted_records
+from capture.packets.opening import Keys, Opening, Records, Work, encrypted_records
 from halton_meter.model import Connection, Direction, TlsChunk, TlsClosed
 
 # How long a connection's keys may take: they are written before the first request is sent.
@@ -24,6 +24,11 @@ KEYS_NS_MAX = 10_000_000_000
 # What all connections keep while they wait; past it the one that waits longest is given up.
 WAITING_BYTES_MAX = 32 << 20
 WORK_COST_BYTES = 512
+# The same of connections that are wanted only if another hello is inside theirs (browsers send to
+# everybody what looks so): keys come with the server's first answer or not at all.
+GUESS_NS_MAX = 2_000_000_000
+GUESS_BYTES_MAX = 256 << 10  # of each one
+GUESSES_MAX = 64
 CONNECTIONS_MAX = 65_536
 # Handshakes whose secrets are tried for a resumed connection, each takes 50 us: of those that are
 # known when it begins the newest, and as many of those that come while it waits.
@@ -34,10 +39,11 @@ SESSIONS_MAX = 256
 class _Waiting:
     connection: Connection
     client_random: bytes
+    keys: Keys
     since_ns: int
     work: deque[Work] = field(default_factory=deque)
     bytes: int = 0
-    proof: Records | None = None  # what the secret of an earlier session has to open
+    proof: Records | None = None  # what another hello's secret has to open
     tried: int = 0  # handshakes of the key log, by number
     tries_left: int = SESSIONS_MAX  # of those that come later
 
@@ -95,9 +101,10 @@ class AwaitingKeys:
         waiting = self._waiting.get(connection.id)
         if waiting is None and isinstance(work, Records):
             random = work.keys.client_random
-            if random is not None and not self._has_keys(random):
-                waiting = _Waiting(connection, random, work.at_ns)
+            if random is not None and (work.keys.is_unwanted or not self._has_keys(random)):
+                waiting = _Waiting(connection, random, work.keys, work.at_ns)
                 self._waiting[connection.id] = waiting
+                self._bound_guesses()
         if waiting is None:
             self._opening.do(work)
             return
@@ -106,20 +113,25 @@ class AwaitingKeys:
     def _keep(self, waiting: _Waiting, work: Work) -> None:
         cost = WORK_COST_BYTES + (len(work.payload) if isinstance(work, Records) else 0)
         waiting.work.append(work)
-        if isinstance(work, Records) and waiting.proof is None and _may_be_resumed(work):
+        if isinstance(work, Records) and waiting.proof is None and _may_be_anothers(work):
             waiting.proof = work
-            if self._is_resumed(waiting, SESSIONS_MAX):
+            if self._has_anothers(waiting, SESSIONS_MAX):
                 self.keys_came()
                 return
         waiting.bytes += cost
         self._waiting_bytes += cost
+        if waiting.keys.is_unwanted and waiting.bytes > GUESS_BYTES_MAX:
+            self._give_up(waiting)
         while self._waiting_bytes > WAITING_BYTES_MAX:
             self._give_up(next(iter(self._waiting.values())))
 
     def keys_came(self) -> None:
         """Read what has its keys now."""
         for waiting in list(self._waiting.values()):
-            if self._has_keys(waiting.client_random) or self._is_resumed_since(waiting):
+            if self._has_keys(waiting.client_random) or self._has_anothers_since(waiting):
+                if waiting.keys.is_unwanted:  # the keys of the hello that is seen
+                    self._give_up(waiting)
+                    continue
                 self._remove(waiting)
                 for work in waiting.work:
                     self._opening.do(work)
@@ -127,33 +139,37 @@ class AwaitingKeys:
     def expire(self, now_ns: int) -> None:
         """Give up what has waited for too long."""
         for waiting in list(self._waiting.values()):
-            if now_ns - waiting.since_ns < KEYS_NS_MAX:
-                return
-            self._give_up(waiting)
+            most_ns = GUESS_NS_MAX if waiting.keys.is_unwanted else KEYS_NS_MAX
+            if now_ns - waiting.since_ns >= most_ns:
+                self._give_up(waiting)
 
     def finish(self) -> None:
         """No keys will come any more."""
         for waiting in list(self._waiting.values()):
             self._give_up(waiting)
 
-    def _is_resumed_since(self, waiting: _Waiting) -> bool:
+    def _has_anothers_since(self, waiting: _Waiting) -> bool:
         """The same, by the secrets that have come since the last look."""
         if waiting.proof is None or not waiting.tries_left:
             return False
         new = min(self._keys.seen - waiting.tried, waiting.tries_left)
         waiting.tries_left -= new
-        return self._is_resumed(waiting, new)
+        return self._has_anothers(waiting, new)
 
-    def _is_resumed(self, waiting: _Waiting, newest: int) -> bool:
-        """Whether it goes on with an earlier connection's secret, which is then its own, too."""
+    def _has_anothers(self, waiting: _Waiting, newest: int) -> bool:
+        """Whether it has the secrets of another hello, which are then its own, too: those of an
+        earlier connection that it goes on with, or of the hello inside (`inner_hello.py`)."""
         work, random = waiting.proof, waiting.client_random
         waiting.tried = self._keys.seen
         assert work is not None
         hello = work.keys.server_hello
         assert hello is not None
+        others = itertools.islice(self._keys.newest_first(), newest)
+        if inner_hello.is_proof(work):
+            return inner_hello.find(self._keys, work, others)
         record, _, _ = next(encrypted_records(work))
         side = 0 if work.half.direction is Direction.SENT else 1
-        for earlier in itertools.islice(self._keys.newest_first(), newest):
+        for earlier in others:
             master = self._keys.secret(earlier, "CLIENT_RANDOM")
             pair = None if master is None else tls.keys12(master, random, hello)
             if master is not None and pair is not None and pair[side].open(record, 0) is not None:
@@ -172,17 +188,26 @@ class AwaitingKeys:
         del self._waiting[waiting.connection.id]
         self._waiting_bytes -= waiting.bytes
 
+    def _bound_guesses(self) -> None:
+        guesses = [each for each in self._waiting.values() if each.keys.is_unwanted]
+        if len(guesses) > GUESSES_MAX:
+            self._give_up(guesses[0])
+
     def _give_up(self, waiting: _Waiting) -> None:
         self._remove(waiting)
         if not any(isinstance(work, TlsClosed) for work in waiting.work):
             self._given_up[waiting.connection.id] = None
             if len(self._given_up) > CONNECTIONS_MAX:
                 self._given_up.popitem(last=False)
-        self._missing(waiting.connection)
+        if waiting.keys.is_unwanted:
+            waiting.keys.is_left = True
+        else:
+            self._missing(waiting.connection)
 
 
-def _may_be_resumed(work: Records) -> bool:
-    """Whether these are the first encrypted records of a direction, of a session that goes on."""
+def _may_be_anothers(work: Records) -> bool:
+    """Whether these are the first encrypted records of a direction, of a session that goes on or of
+    a connection whose hello may hold another one."""
     hello = work.keys.server_hello
     resumes = hello is not None and hello.resumes(work.keys.session)
-    return resumes and bool(work.encrypted) and work.index == 0
+    return (resumes and bool(work.encrypted) and work.index == 0) or inner_hello.is_proof(work)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import shlex
 import struct
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,25 @@ def _what_it_is(magic: bytes, zipped: bool, path: Path) -> str:
     return "does not start like a pcap or pcapng file"
 
 
+def refusal_of_start(first: bytes, unpack: Path) -> str | None:
+    """Why no capture begins with these bytes, as a clause; None where one may.
+
+    So that what has no end need not be read to its end. `unpack` is what a command that unpacks it
+    is given.
+    """
+    zipped = first[:2] == b"\x1f\x8b"
+    if zipped:
+        try:
+            first = zlib.decompressobj(wbits=31).decompress(first, 4)
+        except zlib.error:
+            first = b""
+    return None if _is_magic(first[:4]) else _what_it_is(first[:6], zipped, unpack)
+
+
+def _is_magic(magic: bytes) -> bool:
+    return magic in _PCAP_MAGIC or magic == b"\x0a\x0d\x0d\x0a"
+
+
 class Frame(NamedTuple):
     """One captured frame; `wire_bytes` is its length before the snap length cut it."""
 
@@ -98,7 +118,7 @@ class CaptureFile(InputFile):
         self._file_ns = min(max(0, self.written_ns), TIME_NS_MAX)
         self.have(4)
         self._magic = self.buffer[:4]
-        if self._magic not in _PCAP_MAGIC and self._magic != b"\x0a\x0d\x0d\x0a":
+        if not _is_magic(self._magic):
             self.close()
             raise NotACapture(f"{path} {_what_it_is(self._magic, self.zipped, path)}")
 

@@ -126,6 +126,11 @@ class KeyLog:
         secrets = _secrets_of(self._secrets.get(client_random, b""))
         return b"".join(_line(number, client_random, secret) for number, secret in secrets)
 
+    def also(self, client_random: bytes, other: bytes) -> None:
+        """One handshake's secrets are those of another hello, too."""
+        lines = self.lines_of(client_random)
+        self.add(lines.replace(client_random.hex().encode(), other.hex().encode()))
+
     def lines(self) -> Iterator[bytes]:
         """Everything in key log format, for a private file."""
         for random, secrets in self._secrets.items():

@@ -63,6 +63,10 @@ class Keys:
 
     client_random: bytes | None = None
     session: bytes = b""  # the id that the client proposed
+    may_be_outer: bool = False  # the hello, and its keys are not known under its random
+    # Nobody's provider by the name that is seen: only a hello inside may have a provider's.
+    is_unwanted: bool = False
+    is_left: bool = False  # no hello was inside: nothing more of it is read
     server_hello: tls.ServerHello | None = None
     first: int = 0  # handshake of the key log that is tried, where no hello was seen
     claimed: bytes | None = None  # by trial: the handshake that a joined connection belongs to

@@ -73,7 +73,7 @@ class QuicConnections:
         owner: Callable[[Address], Process | None],
         give: Callable[[TlsChunk | TlsClosed], None],
         missing: Callable[[Process | None, str], object],
-        passed_by: Callable[[str, int], None] = lambda server, length: None,
+        passed_by: Callable[[str, int, int], None] = lambda server, port, length: None,
         opened: Callable[[bytes, bytes], None] = lambda addresses, client_random: None,
         source: Source = Source.KEYLOG,
     ) -> None:
@@ -102,7 +102,8 @@ class QuicConnections:
             known = self._begun(key, datagram) or known
         if known is None:
             if not datagram.sent:
-                self._passed_by(datagram.ends()[0][0], len(datagram.payload))
+                (server, _), (_, port) = datagram.ends()
+                self._passed_by(server, port, len(datagram.payload))
             return
         self._learn_id(known, direction, datagram.payload)
         known.latest_ns = datagram.at_ns

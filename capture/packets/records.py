@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Protocol
 
-from capture.packets import tls
+from capture.packets import inner_hello, tls
 from capture.packets.keylog import KeyLog
 from capture.packets.opening import Clear, Keys, Plaintext, Records, Tail, Work
 from capture.packets.tcp import Flow, Half
@@ -54,6 +54,8 @@ SEEN_AGAIN_NS_MAX = 1_000_000_000
 HELLOS_MAX = 65_536
 # Server addresses whose name is remembered from another connection's hello.
 NAMES_MAX = 8_192
+# Handshakes of the key log tried for hellos that may hold another one (ECH): 1.2 s together.
+INNER_TRIALS_MAX = 20_000
 # Host names listed for connections without keys.
 HOSTS_MAX = 256
 
@@ -138,14 +140,16 @@ class Live:
     `owner` finds the process of a new connection; it may search for longer once it is known that
     the connection is wanted. `hello` is told the random of a connection's ClientHello; keys follow.
     `without_keys` is told of connections that began before and have none, with the host.
-    `passed_by` is told how many bytes of a server, by address, are not read.
+    `passed_by` is told how many bytes of a server, by address and client's port, are not read.
+    `keeps`: what is read is kept as well, so nothing is whose server's name is hidden.
     """
 
     source: Source
     owner: Callable[[Flow, bool], Process | None]
     hello: Callable[[Flow, bytes], None]
     without_keys: Callable[[Connection, str], None]
-    passed_by: Callable[[str, int], None]
+    passed_by: Callable[[str, int, int], None]
+    keeps: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -221,6 +225,7 @@ class TcpConnections:
         self._name_of: dict[str, str | None] = {}
         self._hellos: dict[bytes, tuple[int, int]] = {}
         self._first_handshake = 0  # of this capture, in the key log
+        self._trials_left = INNER_TRIALS_MAX
         self._holding: OrderedDict[Flow, None] = OrderedDict()  # by when they began
         self._held_bytes = 0
         self._on_bytes = {
@@ -271,6 +276,10 @@ class TcpConnections:
     def _read_tls(
         self, tcp: _TcpConnection, stream: _RecordStream, half: Half, data: bytes, at_ns: int
     ) -> None:
+        if tcp.keys.is_left:
+            self._leave_unwanted(tcp)
+            self._pass_by(tcp, stream, half, data, at_ns)
+            return
         self._records(tcp, stream, half.sent, data, at_ns)
         self._look_at_buffers(tcp)
 
@@ -283,7 +292,7 @@ class TcpConnections:
         self, tcp: _TcpConnection, _: _RecordStream, half: Half, data: bytes, at_ns: int
     ) -> None:
         if self._live is not None and not half.sent:
-            self._live.passed_by(tcp.server, len(data))
+            self._live.passed_by(half.flow.server[0], half.flow.client[1], len(data))
 
     def _read_new(
         self, tcp: _TcpConnection, _: _RecordStream, half: Half, data: bytes, at_ns: int
@@ -320,14 +329,16 @@ class TcpConnections:
         for half, data, at_ns in sorted(held, key=lambda each: not each[0].sent):
             self.received(half, data, at_ns)
 
-    def lost(self, half: Half, length: int, at_ns: int) -> None:
-        """A hole in one direction."""
+    def lost(self, half: Half, length: int, at_ns: int) -> bool:
+        """A hole in one direction; none where the kernel was told to drop what is not read."""
         tcp, stream = half.flow.tag, half.tag
         assert isinstance(tcp, _TcpConnection)
         assert isinstance(stream, _RecordStream)
         if tcp.held:
             self._take_held(tcp, half.flow, wait=False)
+        is_read = self._live is None or tcp.state is not State.IGNORED
         self._on_hole[tcp.state](tcp, stream, half, length, at_ns)
+        return is_read
 
     def _lose_tls(
         self, tcp: _TcpConnection, stream: _RecordStream, half: Half, length: int, _: int
@@ -438,12 +449,20 @@ class TcpConnections:
             self._live.hello(tcp.flow, hello.random)
         if name is not None:
             self._remember_name(tcp.server, name)
-        if self._live is None and hello.random not in self._keys:
+        has_keys = hello.random in self._keys
+        keys.may_be_outer = hello.may_be_outer and not has_keys
+        unwanted = name is not None and self._wanted is not None and not self._wanted(name)
+        keeps = self._live is not None and self._live.keeps
+        keys.is_unwanted = unwanted and keys.may_be_outer and not keeps
+        if self._live is None and not has_keys and not keys.may_be_outer:
             self._no_keys(tcp, name or tcp.server)
             self._ignore(tcp)
-        elif name is not None and self._wanted is not None and not self._wanted(name):
-            self.findings.not_wanted += 1
-            self._ignore(tcp)
+        elif unwanted and not keys.is_unwanted:
+            self._leave_unwanted(tcp)
+
+    def _leave_unwanted(self, tcp: _TcpConnection) -> None:
+        self.findings.not_wanted += 1
+        self._ignore(tcp)
 
     def _name(self, tcp: _TcpConnection, host: str) -> None:
         process, live = tcp.connection.process, self._live
@@ -618,7 +637,7 @@ class TcpConnections:
             self._flush_stream(tcp, stream, sent)
 
     def _flush_stream(self, tcp: _TcpConnection, stream: _RecordStream, sent: bool) -> None:
-        if not stream.batch:
+        if not stream.batch or tcp.state is State.IGNORED:
             return
         reader = self._reader_of(tcp)
         whole = not stream.diverted
@@ -638,11 +657,29 @@ class TcpConnections:
         )
         stream.encrypted += stream.batch_encrypted
         stream.batch, stream.batch_bytes, stream.batch_encrypted = [], 0, 0
+        if self._live is None and tcp.keys.may_be_outer and not self._has_inner(tcp, records):
+            return
         if not asked:
             reader.put(records)
             return
         reader.ask(records, _packet(tcp, sent, payload))
         tcp.seqs[sent] += len(payload)
+
+    def _has_inner(self, tcp: _TcpConnection, records: Records) -> bool:
+        """False: no hello that may be inside has keys here, and the connection is left."""
+        if records.half.direction is Direction.SENT or not records.encrypted:
+            return True  # the server's first encrypted record tells
+        if inner_hello.is_proof(records):
+            count = min(self._trials_left, inner_hello.TRIALS_MAX)
+            randoms = self._keys.handshakes(self._first_handshake)[:count]
+            self._trials_left -= len(randoms)
+            tcp.keys.may_be_outer = not inner_hello.find(self._keys, records, randoms)
+        if tcp.keys.may_be_outer and tcp.keys.is_unwanted:
+            self._leave_unwanted(tcp)
+        elif tcp.keys.may_be_outer:
+            self._no_keys(tcp, tcp.connection.peer or tcp.server)
+            self._ignore(tcp)
+        return not tcp.keys.may_be_outer
 
     # --- after a hole ---------------------------------------------------------------------------
 

@@ -74,8 +74,8 @@ class Listener(Protocol):
     def received(self, half: Half, data: bytes, at_ns: int) -> None:
         """The next contiguous bytes of one direction."""
 
-    def lost(self, half: Half, length: int, at_ns: int) -> None:
-        """`length` bytes of one direction are not in the capture."""
+    def lost(self, half: Half, length: int, at_ns: int) -> bool:
+        """`length` bytes of one direction are not in the capture; whether that is a loss."""
 
     def closed(self, flow: Flow, at_ns: int, clean: bool) -> None:
         """The connection ended; `clean` is False where it only stopped being seen."""
@@ -362,8 +362,8 @@ class Reassembly:
         assert half.next_seq is not None
         assert pending is not None
         missing, at_ns = pending.first()
-        self.losses["tcp_bytes_missing"] += missing
-        self._listener.lost(half, missing, at_ns)
+        if self._listener.lost(half, missing, at_ns):
+            self.losses["tcp_bytes_missing"] += missing
         half.next_seq = (half.next_seq + missing) % _SPACE
         pending.pass_by(missing)
         half.frames_since_gap = 0
@@ -452,9 +452,9 @@ class Reassembly:
         for half in flow.halves:
             while half.pending:
                 self._give_up_gap(half)
-            if half.missing_at_end:
-                self.losses["tcp_bytes_missing"] += half.missing_at_end
-                self._listener.lost(half, half.missing_at_end, half.fin_ns)
+            missing = half.missing_at_end
+            if missing and self._listener.lost(half, missing, half.fin_ns):
+                self.losses["tcp_bytes_missing"] += missing
         flow.dead = True
         self._flows.pop(flow.keys[0], None)
         # The halves stay known for stray packets behind the end, until the table fills up.

@@ -33,6 +33,7 @@ FAILED_SEARCHES_MAX = 8
 
 # What a server name is made of (RFC 6066, section 3); anything else is for no eye and no terminal.
 _SERVER_NAME = re.compile(rb"[A-Za-z0-9._-]{1,255}")
+_ENCRYPTED_HELLO = 0xFE0D  # its first byte: 0 in the hello on the wire (RFC 9849, 5)
 _RETRY = bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2c8a8339c")
 
 
@@ -42,11 +43,12 @@ _RETRY = bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2
 @dataclass(frozen=True, slots=True)
 class ClientHello:
     """What is taken from a ClientHello: its random, the server name (SNI) where given, the session
-    id."""
+    id; whether another hello may be inside (ECH)."""
 
     random: bytes
     server_name: str | None
     session: bytes = b""
+    may_be_outer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +76,13 @@ def client_hello(message: bytes) -> ClientHello | None:
         session = message[39:at]
         at += 2 + int.from_bytes(message[at : at + 2])
         at += 1 + message[at]
-        name = None
+        name, outer = None, False
         for kind, body in _extensions(message, at):
+            outer = outer or (kind == _ENCRYPTED_HELLO and body[:1] == b"\0")
             if kind == 0 and len(body) > 5 and body[2] == 0:
                 name_bytes = body[5 : 5 + int.from_bytes(body[3:5])]
                 name = name_bytes.decode().lower() if _SERVER_NAME.fullmatch(name_bytes) else None
-        return ClientHello(random, name, session) if len(random) == 32 else None
+        return ClientHello(random, name, session, outer) if len(random) == 32 else None
     except IndexError:
         return None
 
@@ -200,7 +203,8 @@ def updated(secret: bytes) -> bytes:
     return expand_label(secret, b"traffic upd", len(secret))
 
 
-def _suites(secret: bytes, suite: int | None) -> tuple[int, ...]:
+def suites(secret: bytes, suite: int | None) -> tuple[int, ...]:
+    """TLS 1.3's suites that a secret can be of, by its length; `suite` is the one agreed on."""
     possible = _SUITES13.get(len(secret), ())
     if suite is None:
         return possible
@@ -309,8 +313,8 @@ def opener(
     """An `Opener` for one direction of a connection whose ClientHello was seen; None: no key."""
     secret = keys.secret(client_random, _traffic(sent))
     if secret is not None and (hello is None or hello.version == 0x0304):
-        suites = _suites(secret, hello.suite if hello else None)
-        return Opener((secret, key13(secret, suite)) for suite in suites)
+        possible = suites(secret, hello.suite if hello else None)
+        return Opener((secret, key13(secret, suite)) for suite in possible)
     master = keys.secret(client_random, "CLIENT_RANDOM")
     if master is not None and hello is not None:
         pair = keys12(master, client_random, hello)
@@ -323,7 +327,7 @@ def early_opener(keys: KeyLog, client_random: bytes) -> Opener | None:
     secret = keys.secret(client_random, "CLIENT_EARLY_TRAFFIC_SECRET")
     if secret is None:
         return None
-    return Opener((secret, key13(secret, suite)) for suite in _suites(secret, None))
+    return Opener((secret, key13(secret, suite)) for suite in suites(secret, None))
 
 
 def trial_opener(keys: KeyLog, used: set[bytes], first: int, *, sent: bool) -> Opener:
@@ -339,7 +343,7 @@ def trial_opener(keys: KeyLog, used: set[bytes], first: int, *, sent: bool) -> O
         if secret is None:
             continue
         random_of[secret] = random
-        candidates += [(secret, key13(secret, suite)) for suite in _suites(secret, None)]
+        candidates += [(secret, key13(secret, suite)) for suite in suites(secret, None)]
         if len(candidates) >= TRIAL_SECRETS_MAX:
             break
     trial = Opener(candidates)

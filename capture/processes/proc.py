@@ -184,6 +184,16 @@ def name_of(pid: int) -> str | None:
     return stat[0] if stat else None
 
 
+def tracer_of(pid: int) -> int | None:
+    """The thread that has a process under ptrace, as debuggers do; 0: none, None: not known."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            lines = (line for line in file if line.startswith(b"TracerPid:"))
+            return int(next(lines).split()[1])
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None
+
+
 def descendants(root: int) -> list[int]:
     """`root` and every process below it, as of now."""
     children: dict[int, list[int]] = {}

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator
 
 ROWS_MAX = 50_000  # of one table
+_MAPPED = bytes(10) + b"\xff\xff"
 _ESTABLISHED, _LISTENS = "01", "0A"
 
 
@@ -51,6 +52,10 @@ def _socket_inodes(pid: int) -> set[str]:
 
 
 def _address(text: str) -> bytes:
-    """The kernel prints an address as numbers of four bytes each, in this machine's order."""
+    """The kernel prints an address as numbers of four bytes each, in this machine's order.
+
+    IPv4 on an IPv6 socket is IPv4.
+    """
     words = [int(text[at : at + 8], 16) for at in range(0, len(text), 8)]
-    return struct.pack(f"={len(words)}I", *words).ljust(16, b"\0")
+    raw = struct.pack(f"={len(words)}I", *words)
+    return raw.removeprefix(_MAPPED).ljust(16, b"\0")

@@ -230,7 +230,20 @@ def test_the_bulk_of_a_server_that_is_no_provider_is_muted(
     bench.source._connections._wanted = lambda host: False
     bench.play(recording().packets)
     server = socket.inet_aton(bench_server(recording().packets))
-    assert bench.link.recv(100) == server
+    told = bench.link.recv(100)
+    assert told[:4] == server
+    assert len(told) == sniffer.MUTED_BYTES
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_what_a_muted_connection_lacks_is_no_loss(bench: Bench, wanted: bool) -> None:
+    given = recording()
+    bench.keys.write_text(given.secrets)
+    bench.source._connections._wanted = lambda host: wanted
+    middle = range(len(given.packets) * 2 // 5, len(given.packets) * 3 // 5)
+    bench.play([p for n, p in enumerate(given.packets) if p.sent or n not in middle])
+    bench.finish()
+    assert (bench.source.losses.get("tcp_bytes_missing", 0) > 0) == wanted
 
 
 def bench_server(packets: Sequence[Packet]) -> str:
@@ -513,7 +526,7 @@ def test_of_udp_the_filter_takes_its_ports_both_ways(make: object) -> None:
 
 def test_of_a_muted_server_s_udp_what_begins_connections_passes() -> None:
     server = "192.0.2.9"
-    program = sniffer.port_filter([443], [socket.inet_aton(server)])
+    program = sniffer.port_filter([443], [socket.inet_aton(server) + (50_000).to_bytes(2)])
 
     def datagram(source: int, destination: int, first: int, sender: str) -> bytes:
         head = source.to_bytes(2) + destination.to_bytes(2) + bytes(4)
@@ -522,6 +535,7 @@ def test_of_a_muted_server_s_udp_what_begins_connections_passes() -> None:
     assert passes(program, datagram(443, 50_000, 0xC3, server))
     assert not passes(program, datagram(443, 50_000, 0x43, server))
     assert passes(program, datagram(443, 50_000, 0x43, "192.0.2.8"))
+    assert passes(program, datagram(443, 50_001, 0x43, server))
     assert passes(program, datagram(50_000, 443, 0x43, "10.0.0.2"))
 
 
@@ -552,6 +566,16 @@ def test_a_quic_connection_to_a_provider_is_told_once_with_its_host(tmp_path: Pa
     ours.close()
 
 
+def test_a_port_that_is_another_connection_s_now_is_heard_again(bench: Bench) -> None:
+    """A UDP socket has many connections, and one of them may be a provider's."""
+    client, server = socket.inet_aton("10.0.0.2"), socket.inet_aton("192.0.2.8")
+    port = (50_000).to_bytes(2)
+    bench.source._pass_by("192.0.2.8", 50_000, 2 << 20)
+    assert bench.link.recv(100) == server + port
+    bench.source._quic_opened(client + server + port + (443).to_bytes(2), bytes(32))
+    assert bench.link.recv(100) == bytes(sniffer.MUTED_BYTES)
+
+
 def test_loopback_shows_each_packet_once() -> None:
     program = sniffer.port_filter([443])
     packet = four(segment(443, 50_000))
@@ -561,9 +585,11 @@ def test_loopback_shows_each_packet_once() -> None:
 
 
 def test_of_a_muted_server_only_beginnings_and_ends_pass() -> None:
-    muted = [socket.inet_aton(f"192.0.2.{n}") for n in range(10, 10 + sniffer.MUTED_MAX)]
-    program = sniffer.port_filter([443], muted)
-    for each in map(socket.inet_ntoa, muted):
+    muted = [f"192.0.2.{n}" for n in range(10, 10 + sniffer.MUTED_MAX)]
+    names = [socket.inet_aton(each) + (50_000).to_bytes(2) for each in muted]
+    program = sniffer.port_filter([443, 8443], names)
+    for each in muted:
+        assert passes(program, four(segment(443, 50_001), each))
         assert not passes(program, four(segment(443, 50_000), each))
         assert passes(program, four(segment(443, 50_000, 0x12), each))
         assert passes(program, four(segment(443, 50_000, 0x11), each))

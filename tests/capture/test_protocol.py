@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capture import loader, protocol
+from capture.functions import stacks
 from capture.helper.scope import host_key
 from capture.protocol import FrameBuffer, ProtocolViolation, decode_record
 from halton_meter.untrusted import Lines
@@ -177,10 +178,18 @@ def test_every_map_says_what_it_holds_who_writes_and_who_reads() -> None:
 
 
 def test_every_program_and_map_that_is_loaded_exists() -> None:
-    for program in (*loader.PROGRAMS, *loader.AT_ONCE):
-        assert re.search(rf"int {program}\(", SOURCE)
+    for program in (*loader.PROGRAMS, *loader.AT_ONCE, loader.ANY_WRITE):
+        assert re.search(rf"int {loader.SAME.get(program, program)}\(", SOURCE)
     for name in (*loader.MAPS, loader.FILE_PROGRAMS):
         assert name in MAPS
+
+
+def test_the_program_of_all_writes_knows_the_others_numbers() -> None:
+    for program in loader.WRITES[1:]:
+        name = program.removeprefix("enter_").upper()
+        (number,) = re.findall(rf"#define NUMBER_{name} (\d+)\n", SOURCE)
+        assert int(number) == stacks.PROGRAMS.index(program)
+    assert stacks.PROGRAMS.index(loader.WRITES[0]) == 0
 
 
 # --- host names -----------------------------------------------------------------------------------

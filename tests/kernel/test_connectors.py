@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -116,6 +117,33 @@ def test_who_lives_for_the_time_of_one_answer_is_known(
             made.sendall(b"x")
             made.close()
     assert known == count
+
+
+def test_who_has_ended_before_it_is_looked_at_has_its_name_and_its_parents_folder(
+    connectors: Connectors, server: socket.socket
+) -> None:
+    """Its parent has not asked for its end yet: nobody waits for a shell's children at once."""
+    port = port_of(server)
+    [watching] = children("capture.connectors")
+    os.kill(watching, signal.SIGSTOP)
+    argv = [sys.executable, "-c", CONNECTS, "AF_INET", "127.0.0.1", str(port)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
+        pid, its_port = map(int, client.stdout.readline().split())
+        assert client.stdin is not None
+        client.stdin.close()
+        wait_until(lambda: state_of(pid) == "Z", "its end")
+        os.kill(watching, signal.SIGCONT)
+        found = connectors.find(("127.0.0.1", its_port), ("127.0.0.1", port), wait=True)
+    assert found is not None
+    assert (found.pid, found.uid, found.cwd) == (pid, os.getuid(), os.getcwd())
+    assert found.exe is not None
+    assert found.exe.startswith("python")
+    assert found.parents[0][0] == os.getpid()
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_it_ends_with_its_reader_and_a_reader_notices_its_end(server: socket.socket) -> None:

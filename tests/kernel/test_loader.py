@@ -34,7 +34,7 @@ from capture import loader
 from capture.helper.mounts import offer_headers
 offer_headers()
 found = {way: set(loader.load(way, at_once=False).programs) for way in ("libbpf", "bcc")}
-print(sorted(found["libbpf"] - found["bcc"]))
+print(sorted(found["libbpf"] - found["bcc"] - set(loader.BY_TYPES)))
 """
 
 

@@ -96,6 +96,53 @@ def test_it_waits_with_each_request_until_it_may_go_on(bench: Bench, source: Upr
     same_bytes(gather(events), bench)
 
 
+def run_of(
+    bench: Bench, source: UprobeSource, *command: str, one_of_several: bool = True
+) -> Client:
+    """A run of a shell that starts the client once it is told to; the run is near its limit.
+
+    A service tells its runs apart; the helper of a single run knows of none.
+    """
+    waits = [sys.executable, str(CLIENTS / "waits.py")]
+    script = f'read go; {" ".join(command)} "$@"; true'
+    run = bench.client(["sh", "-c", script, "sh", *waits], source)
+    if one_of_several:
+        source.watch(run.process.pid)
+    source.pause_run(run.process.pid, on=True)
+    source.request_report()
+    run.say()
+    return connected(run)
+
+
+@pytest.mark.parametrize("one_of_several", [True, False])
+def test_the_first_request_of_a_process_that_a_run_starts_waits(
+    bench: Bench, source: UprobeSource, one_of_several: bool
+) -> None:
+    run = run_of(bench, source, one_of_several=one_of_several)
+    for on in (True, False):
+        run.say()
+        if on:
+            (pid,) = paused(source, [])
+            assert os.getpgid(pid) == os.getpgid(run.process.pid)
+            assert pid != run.process.pid
+            assert heard_by_server(bench).received == b""
+            source.answer(pid, goes_on=True)
+        assert run.line() == b"done\n"
+        source.pause_run(run.process.pid, on=False)
+        source.request_report()
+    source.drain()
+    assert source.take_paused() == []
+
+
+def test_who_would_be_seen_to_stop_waits_with_nothing(bench: Bench, source: UprobeSource) -> None:
+    """A job of its own: a shell with job control would take its terminal back."""
+    run = run_of(bench, source, "setsid")
+    run.say()
+    assert run.line() == b"done\n"
+    source.drain()
+    assert source.take_paused() == []
+
+
 def test_what_is_not_to_go_on_is_left_to_who_holds_it(bench: Bench, source: UprobeSource) -> None:
     client = connected(bench.python("waits", source=source))
     named(source, client)

@@ -233,6 +233,7 @@ def test_a_helper_of_another_version_begins_anew(
     same_bytes(gather(relay.events), bench)
 
 
+@pytest.mark.slow
 def test_a_reader_that_reads_nothing_costs_counted_bytes_and_no_memory(
     bench: Bench, relay: Relay
 ) -> None:

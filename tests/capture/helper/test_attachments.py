@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from capture.helper.files.attachments import open_regular
+from capture.helper.files.file import open_regular
 
 
 def test_a_regular_file_is_read_also_through_a_link(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from capture import bpf
 from capture.functions.library import Function, Library, Probe, Proof
 from capture.functions.stacks import Stack
-from capture.helper.files import attachments as attaching
+from capture.helper.files import probes as probing
 from capture.helper.files.attachments import Attachments
 from capture.helper.files.cookies import UNPROVED
 from capture.helper.files.known_files import KnownFiles
@@ -177,7 +177,7 @@ def attached(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         return os.open("/dev/null", os.O_RDONLY)
 
     monkeypatch.setattr(bpf, "attach_uprobe", attach)
-    monkeypatch.setattr(attaching, "refusal", lambda fd, library: None)  # the file has no code
+    monkeypatch.setattr(probing, "refusal", lambda fd, library: None)  # the file has no code
     return made
 
 

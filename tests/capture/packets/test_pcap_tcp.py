@@ -31,8 +31,9 @@ class Told:
     def received(self, half: Half, data: bytes, at_ns: int) -> None:
         self.bytes[half.sent].append(data)
 
-    def lost(self, half: Half, length: int, at_ns: int) -> None:
+    def lost(self, half: Half, length: int, at_ns: int) -> bool:
         self.bytes[half.sent].append(length)
+        return True
 
     def closed(self, flow: Flow, at_ns: int, clean: bool) -> None:
         self.closed_cleanly.append(clean)

@@ -61,7 +61,7 @@ class Bench:
             self.pass_by,
         )
 
-    def pass_by(self, server: str, length: int) -> None:
+    def pass_by(self, server: str, port: int, length: int) -> None:
         self.passed += length
 
     def play(self, datagrams: Sequence[Sent]) -> None:

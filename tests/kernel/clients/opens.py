@@ -322,6 +322,16 @@ def forked_in_use(count: int) -> None:
             os.wait()
 
 
+def first_used_by_a_child(count: int) -> None:
+    """A parent connects and makes the handshake, a child sends the only request."""
+    for _ in range(count):
+        with wrapped(dial()) as tls:
+            if not os.fork():
+                exchange(tls)
+                os._exit(0)
+            os.wait()
+
+
 def passed_on(count: int) -> None:
     """Opened by one program, used by another, which gets it through a Unix socket."""
     for _ in range(count):

@@ -1,6 +1,7 @@
-"""KIND [lookup]: sends a ClientHello of its own making, the end of a handshake, and a request.
+"""KIND [lookup] [mapped]: sends a ClientHello of its own making, the end of a handshake, a request.
 
-With `lookup` the C library is asked for HOST's address before. What answers is no TLS server.
+With `lookup` the C library is asked for HOST's address before; `mapped`: IPv4 on an IPv6 socket.
+What answers is no TLS server.
 """
 
 import os
@@ -57,8 +58,8 @@ def cut(text: bytes, places: tuple[int, ...]) -> list[bytes]:
     return [text[begin:end] for begin, end in zip([0, *places], ends, strict=True)]
 
 
-def over_tcp(kind: str) -> None:
-    with socket.create_connection(("127.0.0.1", PORT)) as sock:
+def over_tcp(kind: str, address: str) -> None:
+    with socket.create_connection((address, PORT)) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         hello = cut(HELLOS["named" if kind in CUT else kind], CUT.get(kind, ()))
         if kind in IN_CALLS:
@@ -76,20 +77,32 @@ def over_tcp(kind: str) -> None:
             sock.sendmsg(cut(REQUEST, (6, 64)))  # as a writev of several records
 
 
-def over_udp(kind: str) -> None:
+def over_udp(kind: str, address: str) -> None:
     initial = b"\xc3\0\0\0\1" + bytes(1195)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    if kind == "quic_ten_sockets":
+        for _ in range(10):  # the kernel gives the memory of one to the next
+            with udp(address) as sock:
+                sock.sendto(initial, (address, PORT))
+        return
+    with udp(address) as sock:
         if kind == "quic_connected":
-            sock.connect(("127.0.0.1", PORT))
+            sock.connect((address, PORT))
             sock.send(initial)
         elif kind == "quic_message":
-            sock.sendmsg([initial], [], 0, ("127.0.0.1", PORT))
+            sock.sendmsg([initial], [], 0, (address, PORT))
         else:
-            sock.sendto(initial, ("127.0.0.1", PORT))
+            sock.sendto(initial, (address, PORT))
+        if kind == "quic_two_addresses":
+            sock.sendto(initial, ("127.0.0.2", PORT))
         for _ in range(3):
-            sock.sendto(initial, ("127.0.0.1", PORT))
+            sock.sendto(initial, (address, PORT))
+
+
+def udp(address: str) -> socket.socket:
+    return socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
 
 
 if "lookup" in sys.argv:
     socket.getaddrinfo(HOST.decode(), PORT)
-(over_udp if sys.argv[1].startswith("quic") else over_tcp)(sys.argv[1])
+send = over_udp if sys.argv[1].startswith("quic") else over_tcp
+send(sys.argv[1], "::ffff:127.0.0.1" if "mapped" in sys.argv else "127.0.0.1")
