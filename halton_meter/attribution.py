@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Protocol
 
-from halton_meter.model import Process
+from halton_meter.model import NO_PROJECT, Process
 from halton_meter.project_rules import NO_RULES, ProjectRules
 
 DEFAULT_PROJECT = "misc"
@@ -302,11 +302,14 @@ class Attribution:
 
 
 def clean_name(name: str | None) -> str | None:
-    """A name fit to be shown and stored: one line, printable, bounded; None when none is left."""
+    """A name fit to be shown and stored: one line, printable, bounded; None when none is left, and
+    for NO_PROJECT, by which people ask for requests without a project.
+    """
     if name is None:
         return None
     text = "".join(c for c in name[: NAME_CHARACTERS_MAX * 4] if c.isprintable()).strip()
-    return text[:NAME_CHARACTERS_MAX].strip() or None
+    text = text[:NAME_CHARACTERS_MAX].strip()
+    return text if text not in ("", NO_PROJECT) else None
 
 
 def _name_in(url: str) -> str | None:

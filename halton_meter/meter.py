@@ -30,6 +30,7 @@ from halton_meter.model import (
     UsageEvent,
     is_own_proxy,
 )
+from halton_meter.providers.reading.asked_most import output_tokens_max
 from halton_meter.providers.reading.limits import limits_of
 from halton_meter.providers.refusal import FREE_KINDS
 from halton_meter.providers.registry import EVENTS_MAX, Registry
@@ -187,7 +188,9 @@ class Meter:
         if read is None or read.kind in FREE_KINDS:
             return None
         size = sum(map(len, exchange.request.body.pieces)) + exchange.request.body.dropped_bytes
-        tokens = Tokens(input=size // PREVIEW_BYTES_A_TOKEN, output=PREVIEW_OUTPUT_TOKENS)
+        most = output_tokens_max(exchange.request.body)
+        output = PREVIEW_OUTPUT_TOKENS if most is None else min(most, PREVIEW_OUTPUT_TOKENS)
+        tokens = Tokens(input=size // PREVIEW_BYTES_A_TOKEN, output=output)
         model = read.model or read.request_model
         usage = replace(
             read,
@@ -198,11 +201,13 @@ class Meter:
         )
         return self._price(usage)
 
-    def at_most(self, preview: PricedEvent) -> PricedEvent:
-        """What a previewed request hardly exceeds: a token a byte, and a very long answer."""
+    def at_most(self, preview: PricedEvent, exchange: Exchange) -> PricedEvent:
+        """What a previewed request hardly exceeds: a token a byte, and an answer as long as it lets
+        that be, or a very long one."""
+        most = output_tokens_max(exchange.request.body)
         (part,) = preview.usage.parts
         size = (part.tokens.input or 0) * PREVIEW_BYTES_A_TOKEN
-        tokens = Tokens(input=size, output=MOST_OUTPUT_TOKENS)
+        tokens = Tokens(input=size, output=MOST_OUTPUT_TOKENS if most is None else most)
         return self._price(replace(preview.usage, parts=(replace(part, tokens=tokens),)))
 
     def finish(self, at_ns: int) -> list[PricedEvent]:

@@ -213,7 +213,10 @@ def give_up_begun(folder: Path, now_ns: int) -> None:
 def sentence(facts: Mapping[str, Any]) -> str:
     """What a person reads: "website: 80 % of $150 a month is spent ($120.40)"."""
     at_least = "at least " if facts.get("at_least") else ""
-    whose = f" of {facts['each']} {facts['of']}" if facts.get("of") else ""
+    whose = ""
+    if each := facts.get("each"):
+        without = f"requests without {'an' if each == 'account' else 'a'} {each}"
+        whose = f" of {each} {facts['of']}" if facts.get("of") else f" of {without}"
     spent = f"{float(facts['spent_usd']):,.2f}"
     return (
         f"{facts['budget']}{whose}: {at_least}{facts['percent']} % of ${facts['limit_usd']} "

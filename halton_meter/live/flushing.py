@@ -134,7 +134,7 @@ def main(home: Path) -> int:
     from halton_meter.store import Store
 
     os.nice(PRIORITY)
-    with Store(home) as store:
+    with Store(home, puts_aside=True) as store:
         outcome = flush(store, keep_from_ns(home, time.time_ns()))
         settle(home, store)
     refresh_budgets(home)

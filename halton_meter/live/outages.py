@@ -17,6 +17,7 @@ from typing import Any
 
 from halton_meter.contract import rfc3339
 from halton_meter.untrusted import parsed, whole_number
+from halton_meter.whole_file import replacing
 
 # File names of the first version, whose files are still read.
 STATE_NAME, LIST_NAME = "daemon.state", "gaps.jsonl"
@@ -123,11 +124,8 @@ class Outages:
         return {}
 
     def _write_state(self, state: dict[str, Any]) -> None:
-        fresh = self._state.with_suffix(".new")
-        with contextlib.suppress(OSError):
-            with open(fresh, "w", opener=_private) as file:
-                json.dump(state, file)
-            os.replace(fresh, self._state)
+        with contextlib.suppress(OSError), replacing(self._state) as file:
+            file.write(json.dumps(state).encode())
 
 
 def _private(path: str, flags: int) -> int:

@@ -25,6 +25,7 @@ from halton_meter import periods
 from halton_meter.live.snapshot_document import SECOND_NS, Document, Sums, add, sound, take_sums
 from halton_meter.model import PricedEvent
 from halton_meter.statusline.snapshot import NAME, snapshot, start_of
+from halton_meter.whole_file import replacing
 
 if TYPE_CHECKING:
     from halton_meter.store import Store
@@ -160,14 +161,9 @@ def _locked(home: Path) -> Iterator[bool]:
 
 def _write(home: Path, document: Document) -> None:
     """Put the file in place, whole or not at all. Raises OSError."""
-    fresh = home / f"{NAME}.new"  # one at a time, under the lock
-    with contextlib.suppress(FileNotFoundError):
-        fresh.unlink()
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with os.fdopen(os.open(fresh, flags, 0o600), "w") as file:
+    with replacing(home / NAME) as file:
         _own(file.fileno(), home)
-        json.dump(document, file, separators=(",", ":"))
-    os.replace(fresh, home / NAME)
+        file.write(json.dumps(document, separators=(",", ":")).encode())
 
 
 def _own(fd: int, home: Path) -> None:

@@ -65,6 +65,15 @@ def is_alive(process: ProcessId) -> bool:
     return seen is not None and seen.ticks == process[1] and not seen.has_ended
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read(4096).rpartition(b")")[2].split()[0] == b"T"
+    except (OSError, IndexError):
+        return False
+
+
 def began_before(pid: int, at_ns: int) -> ProcessId | None:
     """The process of that number if it ran at that time already; None for a later one, or none.
 
@@ -210,18 +219,12 @@ def may_pause(pid: int, root: int | None) -> bool:
     has put it into a job of its own of; or it has no terminal and leads its group's session.
     """
     seen = look_at(pid)
-    if seen is None or seen.has_ended or _is_traced(pid):
+    if seen is None or seen.has_ended or proc.tracer_of(pid) != 0:
         return False
     top = None if root is None else look_at(root)
     if top is not None:
         return (seen.group, seen.session) == (top.group, top.session)
     return not seen.terminal and seen.group == seen.session
-
-
-def _is_traced(pid: int) -> bool:
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/status", "rb") as file:
-        return b"TracerPid:\t0\n" not in file.read(4096)
-    return True
 
 
 def resume_all(processes: Sequence[ProcessId]) -> int:

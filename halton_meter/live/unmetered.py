@@ -47,6 +47,7 @@ _OF_PROXY: Mapping[str, str] = {
     "stopped": "metering was stopped",
 }
 PROXY_CAUSES = frozenset(_OF_PROXY)
+KEY_LOG_CAUSES = frozenset(_OF_KEY_LOG)
 CAUSES: Mapping[str, str] = {**_OF_PROBES, **_OF_KEY_LOG, **_OF_PROXY}
 # Found by looking again and again: there may be more.
 _AT_LEAST = frozenset({"proxy_ignored"})

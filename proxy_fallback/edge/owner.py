@@ -199,6 +199,28 @@ def connected_to(far_port: int) -> Iterator[Connected]:
             yield Connected((near, near_port), (there, far_port), fields[14])
 
 
+def udp_connected_to(far_port: int, proc: Path = Path("/proc")) -> Iterator[Connected]:
+    """The UDP sockets that are connected to a port now. Whom others send to root alone is told."""
+    far = f":{far_port:04X}"
+    for table, family in (("udp", socket.AF_INET), ("udp6", socket.AF_INET6)):
+        try:
+            lines = (proc / "net" / table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for fields in map(str.split, lines):
+            if len(fields) >= 10 and fields[2].endswith(far) and fields[3] == "01":
+                near, there = (_printed(family, fields[at]) for at in (1, 2))
+                yield Connected(near, there, int(fields[9]))
+
+
+def _printed(family: int, field: str) -> tuple[str, int]:
+    """The inverse of `_hexadecimal`."""
+    address, _, port = field.partition(":")
+    words = [int(address[at : at + 8], 16) for at in range(0, len(address), 8)]
+    text = socket.inet_ntop(family, struct.pack(f"={len(words)}I", *words))
+    return text.removeprefix(_MAPPED_TEXT), int(port, 16)
+
+
 def owner_of(
     client: tuple[str, int],
     near: tuple[str, int],

@@ -7,6 +7,7 @@ is the one place where set-up runs another program, so that tests can replace th
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import shutil
@@ -183,9 +184,12 @@ def shown(argv: Sequence[str]) -> str:
 def write_whole(path: Path, content: bytes, mode: int) -> None:
     """Write a file whole or not at all, on disk when this returns.
 
-    The mode holds from the first byte on; a link is followed, so that it stays one.
+    The mode holds from the first byte on; a link is followed, so that it stays one. What is there
+    and no file, such as a pipe, is not replaced. Raises OSError.
     """
     path = Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as opened:

@@ -365,6 +365,9 @@ class FakeSource:
     def search(self, programs: Any, timeout_s: float = 1.0) -> int:
         return 0
 
+    def pause_run(self, root: int, *, on: bool) -> None:
+        pass
+
     def pause(self, pid: int, *, on: bool) -> None:
         pass
 
@@ -463,7 +466,9 @@ class FakeStore:
 class Running:
     """A Metering loop in a thread, with the test at both ends."""
 
-    def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch, service: bool) -> None:
+    def __init__(
+        self, home: Path, monkeypatch: pytest.MonkeyPatch, service: bool, **job: Any
+    ) -> None:
         self.commands, theirs = socket.socketpair()
         self.output = io.StringIO()
         stdin = os.fdopen(theirs.detach())
@@ -474,7 +479,7 @@ class Running:
         self.home = home
         meter: Any = FakeMeter()
         loop = metering.Metering(
-            Job(home=str(home), service=service), self.source, meter, self.store
+            Job(home=str(home), service=service, **job), self.source, meter, self.store
         )
         self.code: int | None = None
         self._thread = threading.Thread(target=self._run, args=(loop,))
@@ -725,6 +730,39 @@ def test_a_run_says_what_it_stores_before_it_does(
     told = [message for message in running.told if {"storing", "totals"} & set(message)]
     assert told[0] == {"storing": ["a"]}
     assert told[1]["totals"]["requests"] == 1
+
+
+def test_what_a_worker_before_has_counted_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It died before it could say that it was done with it, so it comes again."""
+    running = Running(tmp_path, monkeypatch, service=False, counted_before=["a"])
+    running.source.put(event("a"))
+    running.source.put(event("b"))
+    running.finish()
+    totals = [message["totals"]["requests"] for message in running.told if "totals" in message]
+    assert totals[-1] == 1
+    assert sorted(each.usage.id for each in running.store.events) == ["a", "b"]
+
+
+def test_the_next_worker_is_told_what_was_counted_and_settles_what_is_uncertain(
+    tmp_path: Path,
+) -> None:
+    plan = supervisor.Plan(ANN, tmp_path, Config(), (), service=False)
+    watched = supervisor.Supervisor(plan)
+    totals = Totals()
+    totals.add(event("counted"))
+    watched._take({"storing": ["counted"]})
+    watched._take({"totals": totals.as_json()})
+    watched._take({"storing": ["uncertain"]})
+    assert watched._counted == ["counted"]
+    watched._uncertain, watched._storing = watched._storing, []  # the worker dies
+    with Store(tmp_path) as store:
+        store.append([replace_time(event("uncertain"), time.time_ns())])
+    watched._take({"storing": ["uncertain"]})
+    totals.add(event("uncertain"))
+    watched._take({"totals": totals.as_json()})
+    assert watched.finish().totals.total.requests == 2
 
 
 # --- what a death is called ----------------------------------------------------------------------

@@ -27,6 +27,7 @@ from halton_meter.live.outages import Outages
 from halton_meter.live.probes.worker import _is_only_one
 from halton_meter.store import Store
 from tests.support.made import made
+from tests.support.quick import first
 from tests.support.stand_in import Service, running
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")
@@ -106,7 +107,7 @@ def pid_after(service: Service, pid: int) -> dict[str, Any]:
 
 
 @needs_root
-@pytest.mark.parametrize("trouble", [Full(), NoInodes()], ids=["full", "no inodes"])
+@pytest.mark.parametrize("trouble", first([Full(), NoInodes()]), ids=["full", "no inodes"])
 def test_a_disk_that_fills_up_and_a_kill_meanwhile(
     disk: Path, trouble: Full | NoInodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +214,7 @@ def test_something_else_in_the_folders_place(
         assert stored(home)[0] == Counter(ids)
 
 
+@pytest.mark.slow
 def test_a_database_that_somebody_reads_is_no_trouble_and_is_flushed_to_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,6 @@ def test_the_user_lets_it_go_on(tmp_path: Path) -> None:
     with ledger.locked(folder):
         held = stops.read(folder)
         (stop,) = held.stops
-        from dataclasses import replace
-
         stops.write(folder, held.with_stop(replace(stop, more_usd=Decimal("0.25"))))
     place.gate.tick(time.monotonic())
     assert not place.is_shut()
@@ -118,6 +117,23 @@ def test_what_is_under_way_counts(tmp_path: Path) -> None:
     assert b"2 requests are under way, for some $1.20" in refused.body
     place.answered(2, "0.10")  # one of them was cheaper
     assert not place.is_shut()
+
+
+def other(number: int) -> Exchange:
+    return replace(ASKED, id=f"x{number}", started_ns=ASKED.started_ns + number)
+
+
+def test_of_many_that_ask_at_once_only_those_go_on_for_which_there_is_room(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    place.gate.limit("1.50", "stop", "run-7")
+    place.answered(1, "0.60")
+    assert not place.is_shut()  # the first goes on as it comes
+    assert place.is_shut()  # the next is held until it is whole: the first does not count as yet
+    place.gate._begun(other(1))
+    judged = [place.judge(other(number)) for number in range(2, 7)]
+    assert [found is None for found in judged] == [True, False, False, False, False]
+    place.gate._begun(other(2))  # it counts once, though it is judged and then sent on
+    assert b"2 requests are under way" in judged[-1].body
 
 
 def test_a_budget_refuses_those_whom_it_covers(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from halton_meter.budget import STOP
+from halton_meter.budget import END, STOP
 from halton_meter.cli.budget_resume import go_on
 from halton_meter.live.caps import Cap
 from halton_meter.live.probes.holding import Holding, cap_of
@@ -295,7 +295,7 @@ def asks(
     """The process sends a request that costs at most so much; it is answered for that."""
     sent: Any = Sent(number, process)
     holding.preview = lambda _: made("p", "0.01")
-    holding.at_most = lambda _: made("p", most)
+    holding.at_most = lambda *_: made("p", most)
     holding.on_request(sent)
     return sent.made
 
@@ -324,13 +324,13 @@ def test_a_process_is_asked_first_once_its_answers_may_come_to_the_limit(
     asks(holding, 5, one, None)  # nobody knows what it costs
     assert list(holding.asking) == [one.pid]
     holding.keep([answer(2, "7", one)])
-    assert is_stopped(one)
+    wait_until(lambda: is_stopped(one), "the stop")
     assert not holding.goes_on(one.pid)
     assert holding.goes_on(other.pid)
     os.kill(one.pid, signal.SIGCONT)  # by somebody: it is stopped again with its next request
     wait_until(lambda: not is_stopped(one), "it goes on")
     assert not holding.goes_on(one.pid)
-    assert is_stopped(one)
+    wait_until(lambda: is_stopped(one), "the stop")
     holding.close()
 
 
@@ -469,3 +469,57 @@ def test_a_file_of_stops_that_the_user_has_written_reaches_no_process_of_another
     as_nobody(home, work)
     assert is_stopped(roots)
     assert running.poll() is None
+
+
+def test_what_a_killed_run_has_stopped_is_left_to_the_user(
+    home: Path, spenders: list[subprocess.Popen[bytes]]
+) -> None:
+    one, _ = spenders
+    (home / "config.toml").write_text("")
+
+    def work() -> None:
+        run = worker(home, one.pid, lambda told: None)
+        run.keep([answer(1, "11", one)])
+        run.close()
+
+    os.waitpid(killed_after(work), 0)
+    wait_until(lambda: is_stopped(one), "the stop")
+    (stop,) = stops.read(home / "budgets").stops
+    assert stop.id == f"run-{one.pid}"
+    go_on(home, [stop.id], Decimal(3), everything=False)
+    wait_until(lambda: not is_stopped(one), "it goes on")
+
+
+def test_what_outlives_a_command_that_is_ended_is_killed(home: Path, tmp_path: Path) -> None:
+    (home / "config.toml").write_text("")
+    script = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True)"
+    command = [sys.executable, "-c", f"{script}; time.sleep(1000)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as deaf:
+        try:
+            assert deaf.stdout is not None
+            deaf.stdout.readline()
+            holding = Holding(home, is_run=True)
+            cap = Cap(Decimal(10), f"run-{deaf.pid}", END)
+            holding.watch(None, deaf.pid, lambda told: None, cap)
+            holding.guard.look()
+            holding.keep([answer(1, "11", deaf)])
+            holding.close()
+            assert deaf.wait(60) == -signal.SIGKILL
+        finally:
+            deaf.kill()
+    assert stops.read(home / "budgets").stops == ()
+
+
+def test_who_waits_for_an_answer_goes_on_when_the_metering_ends(
+    home: Path, spenders: list[subprocess.Popen[bytes]]
+) -> None:
+    """Helper and supervisor may have been killed together: nobody else lets it go on."""
+    one, _ = spenders
+    (home / "config.toml").write_text("")
+    run = worker(home, one.pid, lambda told: None)
+    asks(run, 1, one, "20")
+    assert list(run.asking) == [one.pid]
+    one.send_signal(signal.SIGSTOP)
+    wait_until(lambda: is_stopped(one), "the stop")
+    run.close()
+    wait_until(lambda: not is_stopped(one), "it goes on")

@@ -19,7 +19,8 @@ from typing import ClassVar
 import pytest
 
 from halton_meter.cli.run import summary_lines
-from halton_meter.live.proxy import left_running
+from halton_meter.live import left_running
+from halton_meter.live.proxy import past
 from halton_meter.live.proxy.run import environment_proxy, meter_command
 from halton_meter.live.result import RunResult
 from halton_meter.model import Source
@@ -302,6 +303,20 @@ def metered(home: Path, origin: str, *command: str) -> RunResult:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which connections there are")
+def test_a_daemon_whose_parents_nobody_saw_is_named(
+    origin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(past, "children_of", lambda pid: iter(()))
+    script = tmp_path / "past.py"
+    script.write_text(PAST)
+    run = metered(tmp_path, origin, "sh", "-c", f"{sys.executable} {script} {origin}; true")
+    [row] = run.unmetered
+    assert (row.connections, row.cause) == (3, "proxy_ignored")
+    assert row.program is not None
+    assert row.program.endswith("/past.py")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which connections there are")
 def test_a_program_that_ignores_the_proxy_is_named(origin: str, tmp_path: Path) -> None:
     script = tmp_path / "past.py"
     script.write_text(PAST)
@@ -347,6 +362,7 @@ def test_who_refuses_after_the_handshake_fails_once_and_never_again(
         assert row.program.endswith("refuses.py")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads environments as Linux shows them")
 def test_one_odd_environment_says_nothing_about_a_program(origin: str, tmp_path: Path) -> None:
     odd = ["env", "-u", "SSL_CERT_FILE", sys.executable, "-c", CLIENT, origin, "0"]
@@ -369,7 +385,7 @@ def test_a_run_without_connections_says_which_it_cannot_have_seen(tmp_path: Path
     [line] = [line for line in summary_lines(run) if "coverage" in line]
     assert line == (
         "  coverage: no connection past the proxy was seen; "
-        f"one shorter than {run.unseen_ms:,} ms may have been missed"
+        f"one shorter than {run.unseen_ms:,} ms, or by QUIC, may have been missed"
     )
 
 

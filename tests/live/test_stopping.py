@@ -42,7 +42,8 @@ def state(pid: int) -> str:
 def stands_still(pid: int) -> bool:
     """Whether it is stopped, or waits for a child that was stopped before its exec (vfork)."""
     if state(pid) == "D":
-        return bool(below := children(pid)) and all(map(stands_still, below))
+        below = [child for child in children(pid) if state(child) not in ("Z", "")]
+        return bool(below) and all(map(stands_still, below))
     return state(pid) == "T"
 
 

@@ -13,10 +13,11 @@ import pytest
 
 from halton_meter.live.proxy import past, refusals_file
 from halton_meter.live.proxy.refusals_file import RUN_NAME, RefusalsFile, forget
-from halton_meter.live.proxy.remedies import fix_for
+from halton_meter.live.remedies import fix_for
 from halton_meter.live.servers import asked_servers
 from halton_meter.live.servers import lines as server_lines
 from halton_meter.live.unmetered import CAUSES, Unmetered, lines
+from tests.support.waiting import WAIT_SECONDS_MAX, wait_until
 
 
 def test_a_row_is_one_line_with_who_where_why_and_what_to_do() -> None:
@@ -61,6 +62,11 @@ def test_most_connections_come_first_and_the_rest_is_summed() -> None:
         ("trust_not_configurable", "/x", "Erlang ssl", "halton-meter init --system-trust"),
         ("worker_died", None, None, "halton-meter doctor"),
         ("worker_slow", None, None, ""),
+        ("quic", "/x", None, "turn HTTP/3 off in the program"),
+        ("no_keys", "/x/client", None, "sudo halton-meter run -- CMD"),
+        ("no_keys", None, None, "sudo halton-meter run -- CMD"),
+        ("no_keys", "/usr/bin/java", None, "halton-meter run --java -- CMD"),
+        ("no_keys", "/x/client", "QUIC", "turn HTTP/3 off in the program"),
     ],
 )
 def test_the_fix_that_is_known_is_said(
@@ -73,6 +79,37 @@ def test_the_fix_that_is_known_is_said(
     monkeypatch.setattr(sys, "platform", "linux")
     assert cause in CAUSES
     assert fix_for(cause, program, stack) == fix
+
+
+def test_the_same_interpreter_with_another_script_is_another_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell that forks, and whose fork becomes a shell with a script of its own."""
+    monkeypatch.setattr(past, "YOUNG_S", WAIT_SECONDS_MAX)  # on a busy machine, too
+    script = tmp_path / "asks.sh"
+    script.write_text("# api.openai.com\nread line\n")
+    watch = past.Past(["api.openai.com"], {})
+    process = subprocess.Popen(
+        ["bash", "-c", f"read line; exec bash {script}"], stdin=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    try:
+        wait_until(lambda: b"read line" in arguments_of(process.pid), "the shell")
+        watch._meet(process.pid)
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        told = b"bash\0%s\0" % os.fsencode(script)
+        wait_until(lambda: arguments_of(process.pid) == told, "the script")
+        watch._look()
+    finally:
+        process.communicate(b"\n")
+    (program,) = watch._named["api.openai.com"]
+    assert program.endswith("/asks.sh")
+    assert watch._processes[process.pid].program == program
+
+
+def arguments_of(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def test_where_there_are_no_uprobes_the_system_has_to_trust(

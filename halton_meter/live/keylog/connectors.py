@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Address = tuple[str, int]
 
-READY_S_MAX = 10.0
+READY_S_MAX = 30.0
 # For what the kernel has told already: as a rule it takes less than a millisecond.
 ANSWER_S_MAX = 0.5
 CONNECTIONS_MAX = 4_096

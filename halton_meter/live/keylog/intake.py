@@ -6,10 +6,11 @@ keeps the events and counts each connection once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from halton_meter.coverage import Coverage, Part
+from halton_meter.live.remedies import fix_for
 from halton_meter.live.totals import Totals
 from halton_meter.live.unmetered import Unmetered
 from halton_meter.model import TlsClosed
@@ -68,20 +69,21 @@ class Intake:
         self.last_event_ns = events[-1].usage.at_ns
         self._on_events(events)
 
-    def miss(self, process: Process | None, host: str, cause: str) -> None:
+    def miss(
+        self, process: Process | None, host: str, cause: str, stack: str | None = None
+    ) -> None:
         """Count a connection to a provider that was not metered."""
         if process is None or not self._is_counted_elsewhere(process):
-            self._add(process, host or None, cause)
+            self._add(process, host or None, cause, stack)
 
-    def unmetered(self, fixes: Mapping[str, str]) -> list[Unmetered]:
-        """What was not metered, most connections first, with the fix of each cause."""
-        rows = [
-            Unmetered(
-                part.program, part.host, counted.connections, part.cause, None, fixes[part.cause]
-            )
-            for part, counted in self.connections.parts.items()
-            if part.cause is not None
-        ]
+    def unmetered(self) -> list[Unmetered]:
+        """What was not metered, most connections first, with what to do."""
+        rows = []
+        for part, counted in self.connections.parts.items():
+            if part.cause is not None:
+                fix = fix_for(part.cause, part.program, part.stack)
+                row = (part.program, part.host, counted.connections, part.cause, part.stack, fix)
+                rows.append(Unmetered(*row))
         return sorted(rows, key=lambda row: -row.connections)
 
     def _count(self, connection: Connection) -> None:
@@ -92,8 +94,14 @@ class Intake:
             del self._counted[next(iter(self._counted))]
         self._add(connection.process, connection.peer, None)
 
-    def _add(self, process: Process | None, host: str | None, cause: str | None) -> None:
-        part = Part(process.exe if process else None, host, None, cause)
+    def _add(
+        self,
+        process: Process | None,
+        host: str | None,
+        cause: str | None,
+        stack: str | None = None,
+    ) -> None:
+        part = Part(process.exe if process else None, host, stack, cause)
         if process is None or not self._is_counted_elsewhere(process):
             self._fresh.add(part, 1, None)
         self.connections.add(part, 1, None)

@@ -17,11 +17,13 @@ from collections.abc import Iterator
 
 from capture.processes.proc import children_of, read_process
 from halton_meter.live.keylog.connectors import Connectors
+from halton_meter.live.left_running import environment_of
 from halton_meter.model import Process
 from proxy_fallback.edge.client_socket import ClientSocket
 from proxy_fallback.edge.owner import OwnerUnknown, owner_of, owner_pid
 
 RECENT_MAX = 64
+ARGUMENTS_BYTES = 4096  # that tell one program from the next
 # Who connects for a moment only has just begun, as a rule; to look at so many takes 1 ms.
 NEWEST = 8
 PROCESSES_MAX = 4096
@@ -29,18 +31,38 @@ SOCKETS_MAX = 65_536
 
 
 class Owners:
-    """`root` is the command's process id, once it runs; `connectors` tells who connects."""
+    """`root` is the command's process id, once it runs; `connectors` tells who connects.
 
-    def __init__(self, connectors: Connectors | None = None) -> None:
+    `told` stands in the environment of the command alone, by which its daemons are known.
+    """
+
+    def __init__(self, connectors: Connectors | None = None, told: bytes | None = None) -> None:
         self.root: int | None = None
+        self._told = told
+        self._daemons: OrderedDict[tuple[int, int], None] = OrderedDict()  # (pid, start)
         self._connectors = connectors
         self._command: Process | None = None
+        self._arguments = b""
         self._found: OrderedDict[int, Process] = OrderedDict()  # the latest last
 
     def began(self, pid: int) -> None:
         """The command runs as this process."""
         self.root = pid
-        self._command = read_process(pid)
+        self.look()
+
+    def look(self) -> None:
+        """Note what the command is by now: a wrapper becomes another program (`env`, `timeout`).
+
+        Called often: it may have ended when somebody asks.
+        """
+        if self.root is None:
+            return
+        with contextlib.suppress(OSError), open(f"/proc/{self.root}/cmdline", "rb") as file:
+            arguments = file.read(ARGUMENTS_BYTES)
+            # In the middle of an exec there are none.
+            if self._command is None or (arguments and arguments != self._arguments):
+                self._arguments = arguments
+                self._command = read_process(self.root) or self._command
 
     def likely(self) -> Process | None:
         """Whose a connection is that ended before it was looked at, and whose keys we have.
@@ -48,8 +70,7 @@ class Owners:
         It is of the command, which alone knows our key log: the one process of it that had other
         connections, or the command itself where there are several, or none.
         """
-        if self.root is not None and self._command is None:
-            self._command = read_process(self.root)
+        self.look()
         of_command = [each for each in self._found.values() if self.is_of_command(each)]
         return of_command[0] if len(of_command) == 1 else self._command
 
@@ -67,8 +88,7 @@ class Owners:
             if self._connectors.sees and not search:  # asked again once it matters
                 return None
         inode = None
-        if self.root is not None:  # a wrapper becomes another program (`env`, `timeout`)
-            self._command = read_process(self.root) or self._command
+        self.look()
         with contextlib.suppress(OwnerUnknown):
             found = owner_of(client, server)
             inode = found.inode if found else None
@@ -92,14 +112,38 @@ class Owners:
 
     def is_of_command(self, process: Process) -> bool:
         """Whether a process is the command's, or below it."""
-        above = {pid for pid, _ in process.parents}
-        return self.root is None or process.pid == self.root or self.root in above
+        if self.root is None or process.pid == self.root or self._is_daemon(process):
+            return True
+        return self.root in {pid for pid, _ in process.parents}
+
+    def _is_daemon(self, process: Process) -> bool:
+        return (process.pid, process.started_ns) in self._daemons
 
     def _read(self, pid: int) -> Process | None:
         process = read_process(pid)
         return None if process is None else self._remember(process)
 
+    def _note_daemon(self, process: Process) -> None:
+        """Note one whose parents ended; now, as it may have ended when somebody asks."""
+        if self._told is None or self.is_of_command(process):
+            return
+        own = environment_of(process.pid)
+        above = (environment_of(pid) for pid, _ in process.parents)
+        # One that has ended by now may well have been of the command, as no parent says otherwise.
+        if (
+            self._told in own
+            or any(self._told in each for each in above)
+            or (not own and _is_orphan(process) and self._is_younger(process))
+        ):
+            self._daemons[process.pid, process.started_ns] = None
+            if len(self._daemons) > PROCESSES_MAX:
+                self._daemons.popitem(last=False)
+
+    def _is_younger(self, process: Process) -> bool:
+        return self._command is not None and process.started_ns >= self._command.started_ns
+
     def _remember(self, process: Process) -> Process:
+        self._note_daemon(process)
         self._found[process.pid] = process
         self._found.move_to_end(process.pid)
         if len(self._found) > RECENT_MAX:
@@ -114,6 +158,10 @@ class Owners:
             pid = waiting.pop()
             yield pid
             waiting += children_of(pid)
+
+
+def _is_orphan(process: Process) -> bool:
+    return not process.parents or process.parents[0][0] == 1 or process.parents[0][1] == "systemd"
 
 
 def udp_socket(port: int) -> tuple[int, int]:

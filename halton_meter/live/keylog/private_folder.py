@@ -1,4 +1,5 @@
-"""Folders in /tmp for what must not stay: a command's TLS keys, a recording that holds its texts.
+"""Folders in /tmp for what must not stay: a command's TLS keys, a recording that holds its texts, a
+capture that came through a pipe.
 
 Each is removed at the end. Whoever was killed leaves his behind; the next one of the same user
 removes it, told by the lock that a living owner holds.
@@ -15,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-KEYS, RECORDING = "halton-meter-keys-", "halton-meter-recording-"
+KEYS, RECORDING, PIPED = "halton-meter-keys-", "halton-meter-recording-", "halton-meter-piped-"
 # A younger one may be about to be locked.
 AGE_S_MIN = 10.0
 
@@ -35,7 +36,7 @@ def private_folder(kind: str) -> Iterator[Path]:
 
 def remove_left_over(where: Path, until_s: float) -> None:
     """Remove our own folders that nobody holds and that were made before this time."""
-    for kind in (KEYS, RECORDING):
+    for kind in (KEYS, RECORDING, PIPED):
         for path in where.glob(f"{kind}*"):
             with contextlib.suppress(OSError):
                 _remove(path, until_s)

@@ -9,6 +9,7 @@ that file are read, so no other program's.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import subprocess
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capture.live_capture import LiveCapture, start_sniffer
-from halton_meter.live import own_code
+from halton_meter.live import left_running, own_code
 from halton_meter.live.control import (
     SOCKET_NAME,
     Answering,
@@ -36,6 +37,7 @@ from halton_meter.live.keylog.intake import NO_KEYS, Intake
 from halton_meter.live.keylog.owners import Owners
 from halton_meter.live.keylog.private_folder import KEYS, private_folder
 from halton_meter.live.pipeline import Pipeline, prepare_home
+from halton_meter.live.remedies import QUIC
 from halton_meter.live.result import RunResult
 from halton_meter.model import TlsClosed
 
@@ -48,16 +50,13 @@ if TYPE_CHECKING:
 
 HTTPS = 443
 RUN_FIX = "sudo halton-meter run --via keylog -- CMD"
-FIXES = {NO_KEYS: "halton-meter run --via proxy"}
 # How often key files are looked at while no packet comes.
 LOOK_EVERY_S = 0.05
 # After the command's end: packets that are under way, and keys written last.
 SETTLE_S = 0.5
 
 
-def start_capture(
-    ports: Sequence[int], interface: str | None = None, fix: str = RUN_FIX
-) -> socket.socket:
+def start_capture(ports: Sequence[int], interface: str | None = None, *, fix: str) -> socket.socket:
     """Start the sniffer, as root where we are root. Raises Unavailable.
 
     `fix` is the command that has the right to capture.
@@ -78,19 +77,22 @@ def meter_command(
 
     `keeping` records what is metered, `connectors` tells who connects.
     """
-    prepare_home(home)
+    with contextlib.suppress(OSError):  # the store reports a disk that refuses everything
+        prepare_home(home)
     result = RunResult()
     with private_folder(KEYS) as folder:
         private = folder / "keys.log"
         informed, keys = told.environment(environment, private)
-        owners = Owners(connectors)
         is_private = keys == private
+        told_alone = os.fsencode(private)
+        owners = Owners(connectors, told_alone)
         metering = _Metering(link, keys, home, extra_hosts, keeping, owners, is_private=is_private)
         metering.start()
         try:
             result.exit_code, ran = in_foreground(command, informed, metering.began)
         finally:
             metering.finish(result)
+        result.still_running = left_running.names_of(told_alone)
     if not ran:
         result.connections = None
     return result
@@ -116,7 +118,7 @@ class _Metering:
 
         pipeline = Pipeline(home, extra_hosts)
         self._meter, self._price_error = pipeline.meter, pipeline.price_error
-        self._journal = JournalWriter(Store(home), home, self._price_error)
+        self._journal = JournalWriter(Store(home, puts_aside=True), home, self._price_error)
         self._home = home
         self._intake = Intake(self._meter, self._journal)
         self._owners = owners
@@ -168,7 +170,7 @@ class _Metering:
         result.totals = self._intake.totals
         result.losses = {**self._source.losses, **self._meter.losses}
         result.connections = self._intake.connections
-        result.unmetered = self._intake.unmetered(FIXES)
+        result.unmetered = self._intake.unmetered()
         result.store_error = self._journal.condition.last_word()
         result.price_error = self._price_error
 
@@ -186,6 +188,7 @@ class _Metering:
         while until is None or time.monotonic() < until:
             for key, _ in self._selector.select(LOOK_EVERY_S):
                 key.data()
+            self._owners.look()
             self._take(self._source.read())
             self._journal.tick(time.monotonic())
             if self._source.ended:
@@ -243,4 +246,4 @@ class _Metering:
     def _miss_quic(self, process: Process | None, host: str) -> None:
         """The same of a QUIC connection."""
         if process is None or self._owners.is_of_command(process):
-            self._intake.miss(process, host, NO_KEYS)
+            self._intake.miss(process, host, NO_KEYS, QUIC)

@@ -34,6 +34,7 @@ from halton_meter.live.keylog.owners import OfUser
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.outages import KEY_LOG_LIST_NAME, KEY_LOG_STATE_NAME, Outages
 from halton_meter.live.pipeline import Pipeline, prepare_home
+from halton_meter.live.remedies import QUIC
 from halton_meter.live.stopping import identity
 from halton_meter.live.unmetered import Unmetered
 from halton_meter.providers.registry import Registry
@@ -51,7 +52,6 @@ UNMETERED_SHOWN_MAX = 200
 TROUBLES_SHOWN_MAX = 20
 OF_RUNS_MAX = 4_096
 SNIFFER_ENDED = "the process that captures packets ended"
-FIXES = {NO_KEYS: "halton-meter run --via proxy -- CMD"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,9 @@ class KeyLogService:
         self._registry = Registry(found.config.extra_hosts)
         self._pipeline = Pipeline(home, found.config.extra_hosts)
         self._meter = self._pipeline.meter
-        self._journal = JournalWriter(Store(home), home, self._pipeline.price_error)
+        self._journal = JournalWriter(
+            Store(home, puts_aside=True), home, self._pipeline.price_error
+        )
         self._guard = Guard(home, identity(os.getpid()), lambda: self._journal.flush(lambda: None))
         self._intake = Intake(
             self._meter,
@@ -255,7 +257,7 @@ class KeyLogService:
 
     def _miss_quic(self, process: Process | None, host: str) -> None:
         if not self._owners.is_foreign(process):
-            self._intake.miss(process, host, NO_KEYS)
+            self._intake.miss(process, host, NO_KEYS, QUIC)
 
     # --- time
 
@@ -351,4 +353,4 @@ class KeyLogService:
         return [*found[:TROUBLES_SHOWN_MAX], *missing_folders(self._places)]
 
     def _unmetered(self) -> list[Unmetered]:
-        return self._intake.unmetered(FIXES)[:UNMETERED_SHOWN_MAX]
+        return self._intake.unmetered()[:UNMETERED_SHOWN_MAX]

@@ -14,16 +14,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 KEYS_VARIABLE = "SSLKEYLOGFILE"
+_RUN_VARIABLE = "_HALTON_METER_RUN"
 _NODE_VARIABLE = "NODE_OPTIONS"
 
 
 def environment(own: Mapping[str, str], keys: Path) -> tuple[dict[str, str], Path]:
     """(the command's environment, the file that its keys go to).
 
-    A file that the user named before is kept in use.
+    A file that the user named before is kept in use. `keys` stands in what the command is told all
+    the same: its daemons are known by it.
     """
     found = dict(own)
     file = Path(found.get(KEYS_VARIABLE) or keys)
+    if file != keys:
+        found[_RUN_VARIABLE] = str(keys)
     found[KEYS_VARIABLE] = str(file)
     given = found.get(_NODE_VARIABLE, "")
     plain = not any(char.isspace() or char in "\"'\\" for char in str(file))

@@ -8,7 +8,8 @@ lets it go on; who watches a run is asked first, as the terminal has to be given
 
 A process whose answers under way may reach a limit is `asking`: the kernel pauses it as it begins a
 request, until what it has read by then is counted here (`goes_on`). So one that asks for one thing
-after another has sent nothing behind the answer that crosses the limit.
+after another has sent nothing behind the answer that crosses the limit. Of a run with a limit of
+its own each process is asked from its first request on, until one tells that the limit is far away.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from capture.processes.proc import descendants, read_process
 from halton_meter.budget import END, STOP
 from halton_meter.contract import usd_text
 from halton_meter.live.caps import NOTHING, Cap, Flight, Flights, Over
@@ -31,8 +33,11 @@ from halton_meter.live.stopping import (
     Stopper,
     began_before,
     identity,
+    is_alive,
+    is_stopped,
     job_of,
     may_pause,
+    resume_all,
     say_on_terminal,
 )
 from halton_meter.model import Exchange, PricedEvent, Process
@@ -58,6 +63,8 @@ class Run:
     root: ProcessId
     tell: Tell
     cap: Cap | None = None
+    # Whether the limit may be reached by what is under way: until it is known, it may.
+    is_near: bool = True
 
     def has(self, process: Process | None) -> bool:
         """Whether a process is of its tree."""
@@ -92,7 +99,7 @@ class Holding:
         self.refresh: Callable[[], None] = lambda: None
         self.guard = Guard(home, identity(os.getpid()), self._refresh, self.flights)
         self.preview: Preview = lambda _: None
-        self.at_most: Callable[[PricedEvent], PricedEvent] = lambda preview: preview
+        self.at_most: Callable[[PricedEvent, Exchange], PricedEvent] = lambda preview, _: preview
         self.asking: dict[int, Process] = {}  # by pid
         self._is_run = is_run
         self._runs: dict[Hashable, Run] = {}
@@ -171,6 +178,11 @@ class Holding:
         return self.guard.holds or any(run.cap for run in self._runs.values())
 
     @property
+    def asking_runs(self) -> set[int]:
+        """Runs of which each process is asked before each request, by the pid of their first."""
+        return {run.root[0] for run in self._runs.values() if run.cap is not None and run.is_near}
+
+    @property
     def pause_ms(self) -> int:
         """How long plaintext may gather: near a limit every answer counts at once."""
         capped = any(run.cap for run in self._runs.values())
@@ -185,7 +197,7 @@ class Holding:
         exchange, _ = so_far.exchange(so_far.started_ns)
         priced = self.preview(exchange)
         if priced is not None:
-            most_usd = self.at_most(priced).list_usd
+            most_usd = self.at_most(priced, exchange).list_usd
             flight = self.flights.begin(exchange, priced, most_usd)
             self._fresh.append(flight)
             self._let_ask(flight)
@@ -199,6 +211,8 @@ class Holding:
         run = next((each for each in self._runs.values() if each.has(process)), None)
         flights = [each for each in self.flights if run is not None and run.flies(each)]
         near = run is not None and run.cap is not None and run.cap.may_be_crossed(flights)
+        if run is not None:
+            run.is_near = near
         if not near and not self.guard.may_be_crossed(flight):
             return
         if may_pause(process.pid, None if run is None else run.root[0]):
@@ -210,6 +224,8 @@ class Holding:
         """Whether a process may send the request that it waits with: all that it has read before
         is counted by now."""
         process = self.asking.get(pid)
+        if process is None and self.asking_runs:  # its first request
+            process = read_process(pid)
         if process is not None and (over := self._over_run(process, None)) is not None:
             self._stop(over, process, time.time_ns())
         held = (each for stopped in self._stopped.values() for each in stopped.stopper.processes)
@@ -270,7 +286,7 @@ class Holding:
             stopped = _Stopped(over, Stopper(), run)
         roots = [] if spender is None else [spender]
         if run is not None:
-            roots.insert(0, run.root)
+            roots[:0] = [run.root, *_between(process, run.root[0], at_ns)]
         elif spender is not None:
             roots = job_of(spender)
         is_new = name not in self._stopped
@@ -299,7 +315,9 @@ class Holding:
     def _tell(self, name: str, stopped: _Stopped, program: str, pid: int) -> None:
         run = stopped.run
         flying = self.guard.flying(stopped.over) if run is None else self.flights.flying(run.flies)
-        over = replace(stopped.over, in_flight=flying.requests, in_flight_usd=flying.usd)
+        over = stopped.over
+        if flying.requests or over.spent_usd >= over.limit_usd:  # else what was under way is why
+            over = replace(over, in_flight=flying.requests, in_flight_usd=flying.usd)
         if run is not None:
             stopped.asked = False
             run.tell(
@@ -383,9 +401,51 @@ class Holding:
 
     def close(self) -> None:
         """The end of the metering: a run's command has ended; what a service has stopped stays."""
-        self.guard.close(let_go=self._is_run)
+        held = {pid for each in self._stopped.values() for pid, _ in each.stopper.processes}
+        if self._is_run:
+            self._end_run()
         for stopped in self._stopped.values():
             stopped.stopper.close()
+        self.guard.close(let_go=self._is_run and not self._stopped)
+        self._let_waiting_go(held)
+
+    def _end_run(self) -> None:
+        """Kill what outlives a command that is ended, once END_S is over. What is stopped and lives
+        stays noted: who watches the run may have been killed, and left it to `budget resume`.
+        """
+        for name, stopped in list(self._stopped.items()):
+            if stopped.kill_at is not None:
+                while _has_alive(stopped) and time.monotonic() < stopped.kill_at:
+                    time.sleep(0.02)
+                stopped.stopper.kill()
+            elif _has_alive(stopped):
+                continue
+            else:
+                stopped.stopper.close()
+            del self._stopped[name]
+            self.guard.let_go(name)
+
+    def _let_waiting_go(self, held: Collection[int]) -> None:
+        """Let go on who the kernel has paused, but for who is held: the helper and the supervisor
+        may have been killed together, and then nobody else does.
+        """
+        pids = set(self.asking)
+        for root in self.asking_runs:
+            pids |= {root, *descendants(root)}
+        resume_all([identity(pid) for pid in pids.difference(held) if is_stopped(pid)])
+
+
+def _has_alive(stopped: _Stopped) -> bool:
+    return any(map(is_alive, stopped.stopper.processes))
+
+
+def _between(process: Process, root: int, at_ns: int) -> list[ProcessId]:
+    """Its parents within a run: one that has left its own parent descends from nothing there."""
+    pids = [pid for pid, _ in process.parents]
+    if root not in pids:
+        return []
+    found = (began_before(pid, at_ns) for pid in pids[: pids.index(root)])
+    return [each for each in found if each is not None]
 
 
 def _root_of(stop: Stop) -> str | None:

@@ -31,7 +31,9 @@ class Job:
     `config_error` has a line for each configured value that is wrong and not used; `own_hosts` are
     those of `extra_hosts` that the user's own file names. `run_pid` is the command of a `run`,
     `max_usd` what it may spend, `at_limit` what follows, and `spent_before` what an earlier worker
-    has counted: "usd", "requests", "unpriced". `record_fd` is a file that plaintext is kept in.
+    has counted: "usd", "requests", "unpriced". `counted_before` are the ids of events of that which
+    may come again: it died before it could say that it was done with them. `record_fd` is a file
+    that plaintext is kept in.
     """
 
     home: str
@@ -52,6 +54,7 @@ class Job:
     max_usd: str | None = None
     at_limit: str = STOP
     spent_before: dict[str, Any] = field(default_factory=dict)
+    counted_before: list[str] = field(default_factory=list)
     record_fd: int | None = None
 
 

@@ -121,6 +121,9 @@ class PlaintextSource(Protocol):
     def pause(self, pid: int, *, on: bool) -> None:
         """Have a process wait before each request, or no longer."""
 
+    def pause_run(self, root: int, *, on: bool) -> None:
+        """The same of all processes of a run."""
+
     def take_paused(self) -> list[int]:
         """Processes that wait since the last call; what they have read was handed out before."""
 
@@ -183,6 +186,7 @@ class Metering:
         self._holding.refresh = self._refresh_sums
         self._pause_ms = LEISURE_MS
         self._asking: set[int] = set()  # who waits before each request
+        self._asking_runs: set[int] = set()
         self._paused: list[list[int]] = []  # who waits now, and what is to be metered before
         self._job = job
         self._source = source
@@ -200,6 +204,7 @@ class Metering:
         # What was metered at first: who watches a run comes back to us after a worker has died.
         self._began, self._recent = time.monotonic(), list[PricedEvent]()
         self._totals = Totals()
+        self._counted = frozenset(job.counted_before)
         self._connections = Coverage()
         self._backlog: deque[TlsChunk | TlsClosed] = deque()
         self._backlog_bytes = 0
@@ -326,7 +331,8 @@ class Metering:
             self._tell_watchers(events)
         self._journal.keep(events)
         for event in events:
-            self._totals.add(event)
+            if event.usage.id not in self._counted:
+                self._totals.add(event)
         self._last_event_ns = events[-1].usage.at_ns
         if not self._job.service:
             send({"totals": self._totals.as_json()})
@@ -355,7 +361,7 @@ class Metering:
         job = self._job
         if job.run_pid is not None:
             name = f"run-{job.run_pid}"
-            cap = cap_of(name, job.max_usd, job.at_limit, job.spent_before)
+            cap = cap_of(name, job.max_usd, job.at_limit, job.spent_before, job.counted_before)
             self._holding.watch(None, job.run_pid, send, cap)
 
     def _answer_paused(self, count: int) -> None:
@@ -374,6 +380,11 @@ class Metering:
             for pid in asking ^ self._asking:
                 self._source.pause(pid, on=pid in asking)
             self._asking = asking
+        runs = self._holding.asking_runs
+        if runs != self._asking_runs and self._source.linked:
+            for root in runs ^ self._asking_runs:
+                self._source.pause_run(root, on=root in runs)
+            self._asking_runs = runs
         if self._pause_ms != self._holding.pause_ms and self._source.linked:
             with contextlib.suppress(Unavailable):  # a helper that dies: the next one is asked
                 self._source.pace(self._holding.pause_ms)
@@ -530,7 +541,8 @@ class Metering:
         with contextlib.suppress(Unavailable):  # then that one dies, too, and another comes
             self._source.resume(link)
             self._restarts += 1
-            self._pause_ms, self._asking = LEISURE_MS, set()  # a new helper's
+            self._pause_ms = LEISURE_MS  # a new helper's
+            self._asking, self._asking_runs = set(), set()
         self._listen()
 
     def _close(self) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from halton_meter import untrusted
+from halton_meter.whole_file import replacing
 
 LIBRARIES_MAX = 32
 PATH_CHARACTERS_MAX = 1024
@@ -39,10 +40,8 @@ def remember(home: Path, libraries: Iterable[str]) -> None:
     paths = list(dict.fromkeys([*own, *before]))[:LIBRARIES_MAX]
     if paths == before:
         return
-    with contextlib.suppress(OSError):
-        made = home / f"{_NAME}.new"
-        made.write_text(json.dumps({"libraries": paths}) + "\n", encoding="utf-8")
-        made.replace(home / _NAME)
+    with contextlib.suppress(OSError), replacing(home / _NAME) as file:
+        file.write(json.dumps({"libraries": paths}).encode() + b"\n")
 
 
 def _is_worth_it(path: str) -> bool:

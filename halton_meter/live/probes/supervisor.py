@@ -52,6 +52,7 @@ LINE_BYTES_MAX = 4 << 20
 # Read at a time, so that a worker that never stops writing does not keep us from other events.
 MESSAGES_BYTES_MAX = 16 << 10
 STORING_MAX = 100_000  # events of one batch, or looked up in the store at the end
+COUNTED_MAX = 256  # events that the next worker may meet again: of the last batch, as a rule
 SAID_CHARACTERS_MAX = 1000
 
 
@@ -237,6 +238,7 @@ class Supervisor:
         # nobody knows without asking the store.
         self._storing: list[str] = []
         self._uncertain: list[str] = []
+        self._counted: list[str] = []  # the last ones that a worker has counted
         self._ready = False
         self._ended = False
         self.result = RunResult()
@@ -328,6 +330,7 @@ class Supervisor:
             owed=self._losses.owed,
             outages=self._losses.outages,
             spent_before=self._spent(),
+            counted_before=self._counted,
         )
         self._worker, self._ended = Worker(self._plan.account, job, link), False
         self._worker_restarts.begun()
@@ -381,6 +384,10 @@ class Supervisor:
         if "totals" in message:
             with contextlib.suppress(ValueError):
                 self._current = Totals.of_json(message["totals"])
+                # What a worker before this one may have stored, this one has met again and counted.
+                known = frozenset(self._storing)
+                self._uncertain = [each for each in self._uncertain if each not in known]
+                self._counted = (self._counted + self._storing)[-COUNTED_MAX:]
                 self._storing = []
         if "storing" in message:
             self._storing = untrusted.texts(message, "storing", STORING_MAX)

@@ -103,7 +103,7 @@ def start(job: Job, link: socket.socket) -> int:
     except Unavailable as error:
         send({"unavailable": [[problem.what, problem.fix] for problem in error.problems]})
         return UNAVAILABLE
-    store = Store(home)
+    store = Store(home, puts_aside=True)
     meter, trouble = pipeline.meter, pipeline.price_error
     return Metering(job, source, meter, store, trouble, pipeline, holding).run()
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from halton_meter.budget import END, STOP
 from halton_meter.contract import usd_text
-from halton_meter.live.caps import Cap, Flights, Over
+from halton_meter.live.caps import FLIGHTS_MAX, Cap, Flights, Over
 from halton_meter.live.guard import Guard
 from halton_meter.model import Exchange, PricedEvent
 from halton_meter.providers.refusal import Refusal, of_message, refusal
@@ -29,6 +29,9 @@ from halton_meter.wire.so_far import ExchangeSoFar
 
 UNKNOWN_S_MAX, UNKNOWN_PAUSE_S = 3.0, 0.05
 """At the start: how long a request waits for the sums of budgets that hold."""
+
+HEAD_S_MAX = 1.0
+"""From a request's head to its end: how long one that was not judged is waited for."""
 
 T = TypeVar("T")
 Submit = Callable[[Callable[[], None]], bool]
@@ -49,6 +52,8 @@ class Gate:
         self.preview: Preview = lambda exchange: None
         self.guard = Guard(home, by, self._refresh, self.flights)
         self.refused = 0
+        self._head_until = 0.0  # till then one may be let through that does not count yet
+        self._passed: set[tuple[str, int]] = set()  # that count already, and have not been sent on
         self._registry = registry
         self._tell = tell
         self._cap: Cap | None = None
@@ -86,7 +91,7 @@ class Gate:
 
     async def judge_message(self, exchange: Exchange) -> bytes | None:
         """The same for a WebSocket's turn: the message to answer it with."""
-        found = await self._in_thread(lambda: self._judged(exchange))
+        found = await self._in_thread(lambda: self._judged(exchange, is_turn=True))
         return None if found is None else of_message(found[0])
 
     async def _in_thread(self, work: Callable[[], T]) -> T | None:
@@ -115,12 +120,18 @@ class Gate:
     # --- in the pricing thread
 
     def _begun(self, exchange: Exchange) -> None:
+        name = (exchange.connection.id, exchange.started_ns)
+        if name in self._passed:  # it counts since it was judged
+            self._passed.discard(name)
+            return
+        self._head_until = 0.0
         if (priced := self.preview(exchange)) is not None:
             self.flights.begin(exchange, priced)
 
     def keep(self, exchange: Exchange, events: list[PricedEvent]) -> None:
         """An exchange has ended; these events came of it."""
         self.flights.end(exchange)
+        self._passed.discard((exchange.connection.id, exchange.started_ns))
         if events:
             self.guard.keep(events)
         for event in events:
@@ -133,15 +144,25 @@ class Gate:
         return self._cap.over(self.flights.flying(lambda each: True))
 
     def _is_shut(self) -> bool:
-        return self._over_cap() is not None or self.guard.is_any_over()
+        if self._over_cap() is not None or self.guard.is_any_over():
+            return True
+        now = time.monotonic()
+        if now < self._head_until:  # one whose price is not known yet: the next is judged whole
+            return True
+        self._head_until = now + HEAD_S_MAX
+        return False
 
-    def _judged(self, exchange: Exchange) -> tuple[str, Any] | None:
+    def _judged(self, exchange: Exchange, is_turn: bool = False) -> tuple[str, Any] | None:
         match = self._registry.match_exchange(exchange)
         priced = self.preview(exchange)
         if match is None or priced is None:
             return None
         over = self._over_cap() or self.guard.over(of_event(priced))
         if over is None:
+            # At once: of many that ask at the same time the next is judged before this is sent on.
+            if not is_turn and len(self._passed) < FLIGHTS_MAX:
+                self._passed.add((exchange.connection.id, exchange.started_ns))
+                self.flights.begin(exchange, priced)
             return None
         self.refused += 1
         process = exchange.connection.process

@@ -4,7 +4,8 @@ A program that ignores proxy settings connects to its provider itself. The kerne
 connections of this network namespace, and which process of the user holds each. This file looks at
 both again and again while a run lasts: often while programs start, seldom later. A connection that
 lives shorter than the time between two looks is found if its client closed it first, because the
-kernel remembers such ends for a minute; its program is then not known. Others are missed.
+kernel remembers such ends for a minute; its program is then not known. Others are missed, as is
+QUIC on UDP sockets that are not connected: whom they send to the kernel tells root alone.
 
 Which host a connection went to is not in the list, only an address. A host is named if its name is
 in the arguments or the script of the run's programs and it has that address; otherwise by looking
@@ -28,10 +29,11 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from capture.processes.proc import children_of, read_process, started_ticks
+from halton_meter.live import left_running
 from halton_meter.live.proxy.programs import is_interpreter, program_of, tls_library
-from halton_meter.live.proxy.remedies import fix_for
+from halton_meter.live.remedies import fix_for
 from halton_meter.live.unmetered import Unmetered
-from proxy_fallback.edge.owner import Connected, OwnerUnknown, connected_to
+from proxy_fallback.edge.owner import Connected, OwnerUnknown, connected_to, udp_connected_to
 
 HTTPS = 443
 # A look takes 0.4 ms. While a process of the run is younger than YOUNG_S, connections are new.
@@ -46,6 +48,7 @@ PROCESSES_MAX = 4096
 DESCRIPTORS_MAX = 4096
 SCRIPT_BYTES_MAX = 256 << 10
 ARGUMENTS_BYTES_MAX = 256 << 10
+ARGUMENTS_COMPARED_BYTES = 4096
 PROGRAM_BYTES_MAX = 32 << 20
 LOOKUP_THREADS = 16
 LOOKUP_S_MAX = 2.0
@@ -69,7 +72,7 @@ class _Seen:
 
 @dataclass(slots=True)
 class _Process:
-    """A process of the run; `exe` changes when it becomes another program.
+    """A process of the run; `exe` or `arguments` change when it becomes another program.
 
     `program` is its name while it had its arguments: one that ends loses them first.
     """
@@ -77,17 +80,22 @@ class _Process:
     started: int | None
     since_s: float
     exe: str | None = None
+    arguments: bytes = b""  # their beginning: a shell's fork that runs another script has its file
     program: str | None = None
 
 
 class Past:
     """Watches for connections past the proxy, from `begin` to `end`."""
 
-    def __init__(self, hosts: Iterable[str], extra_hosts: Mapping[str, str]) -> None:
+    def __init__(
+        self, hosts: Iterable[str], extra_hosts: Mapping[str, str], port: int | None = None
+    ) -> None:
+        """`port` is the run's proxy's: who was told it is of the run, whatever its parents."""
         self._hosts = frozenset(host for host in hosts if not host.startswith("*."))
         self._suffixes = tuple(host[1:] for host in hosts if host.startswith("*."))
         self._ports = {HTTPS} | set(_ports(extra_hosts))
-        self._seen: dict[tuple[tuple[str, int], tuple[str, int]], _Seen] = {}
+        # By near and far address, and whether it is QUIC.
+        self._seen: dict[tuple[tuple[str, int], tuple[str, int], bool], _Seen] = {}
         self._processes: dict[int, _Process] = {}
         self._named: dict[str, set[str]] = {}  # providers' hosts -> the run's programs that name it
         self._asked: set[str] = set()  # those that the run's own arguments name
@@ -96,6 +104,8 @@ class Past:
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self.readable = True
+        self._told = left_running.told_proxy(port) if port is not None else None
+        self._daemons_s = 0.0  # when they were looked for
         self._looked_s = 0.0
         self.longest_s = 0.0  # between two looks, while the run's processes ran
         self._look(first=True)
@@ -143,21 +153,22 @@ class Past:
     def _look(self, *, first: bool = False) -> None:
         now = time.monotonic()
         self._meet_children()
-        listed: list[Connected] = []
+        listed: list[tuple[Connected, bool]] = []
         if self._looked_s:
             self.longest_s = max(self.longest_s, time.monotonic() - self._looked_s)
             self._looked_s = time.monotonic()
         try:
             for port in self._ports:
-                listed += connected_to(port)
+                listed += ((each, False) for each in connected_to(port))
+            listed += ((each, True) for each in udp_connected_to(HTTPS))
         except OwnerUnknown:
             self.readable = False
             return
         new = []
-        for each in listed:
-            seen = self._seen.get((each.near, each.far))
+        for each, is_quic in listed:
+            seen = self._seen.get((each.near, each.far, is_quic))
             if seen is None and len(self._seen) < CONNECTIONS_MAX:
-                seen = self._seen[each.near, each.far] = _Seen(each.far, now)
+                seen = self._seen[each.near, each.far, is_quic] = _Seen(each.far, now)
                 seen.ours = False if first else None
             if seen is not None and seen.ours is None and each.inode:
                 new.append((each.inode, seen))
@@ -165,7 +176,19 @@ class Past:
             self._attribute(dict(new), now)
 
     def _attribute(self, new: dict[int, _Seen], now: float) -> None:
-        for pid in list(self._processes):
+        self._attribute_to(list(self._processes), new)
+        if new and now - self._daemons_s >= LOOK_SELDOM_S:
+            self._daemons_s = now
+            self._attribute_to(self._meet_daemons(), new)
+        for seen in new.values():
+            # Daemons were looked for by then.
+            if now - seen.since_s > FOREIGN_AFTER_S:
+                seen.ours = False
+
+    def _attribute_to(self, pids: Iterable[int], new: dict[int, _Seen]) -> None:
+        for pid in pids:
+            if not new:
+                return
             for inode in _sockets_of(pid):
                 seen = new.pop(inode, None)
                 if seen is not None:
@@ -174,11 +197,6 @@ class Past:
                     whole = process is not None and process.argv
                     seen.ours, seen.program = True, program_of(process) if whole else known
                     seen.stack = tls_library(pid)
-            if not new:
-                return
-        for seen in new.values():
-            if now - seen.since_s > FOREIGN_AFTER_S:
-                seen.ours = False
 
     # --- the run's processes
 
@@ -194,6 +212,15 @@ class Past:
                 if child not in self._processes and len(self._processes) < PROCESSES_MAX:
                     self._meet(child)
 
+    def _meet_daemons(self) -> Iterator[int]:
+        """Those whose parents ended before anybody looked."""
+        if self._told is None:
+            return
+        for pid in left_running.who_has(self._told, self._processes.keys()):
+            if len(self._processes) < PROCESSES_MAX:
+                self._meet(pid)
+                yield pid
+
     def _meet(self, pid: int) -> None:
         self._youngest_s = time.monotonic()
         self._processes[pid] = _Process(started_ticks(pid), self._youngest_s)
@@ -204,9 +231,10 @@ class Past:
         exe = None
         with contextlib.suppress(OSError):
             exe = os.readlink(f"/proc/{pid}/exe")
-        if exe is None or exe == known.exe:
+        arguments = _arguments(pid, ARGUMENTS_COMPARED_BYTES)
+        if exe is None or (exe == known.exe and arguments in (b"", known.arguments)):
             return
-        known.exe = exe
+        known.exe, known.arguments = exe, arguments
         process = read_process(pid)
         texts = list(_texts(pid, exe, process.cwd if process else None))
         program = known.program = program_of(process) or exe
@@ -227,24 +255,24 @@ class Past:
     def _found(self) -> Iterator[Unmetered]:
         """One row a program and host."""
         candidates = [
-            seen
-            for (near, _), seen in self._seen.items()
-            if seen.ours is not False and near not in self._own
+            (seen, is_quic)
+            for (near, _, is_quic), seen in self._seen.items()
+            if seen.ours is not False and (is_quic or near not in self._own)
         ]
         if not candidates:
             return
         addresses = _addresses(self._named)
-        if any(seen.ours and seen.far[0] not in addresses for seen in candidates):
+        if any(seen.ours and seen.far[0] not in addresses for seen, _ in candidates):
             addresses = {**_addresses(self._hosts - set(self._named)), **addresses}
-        rows: Counter[tuple[str | None, str | None, str]] = Counter()
-        for seen in candidates:
+        rows: Counter[tuple[str | None, str | None, str, str]] = Counter()
+        for seen, is_quic in candidates:
             host = self._host_of(seen, addresses)
             if host is not None:
                 program = seen.program or self._only_program_that_names(host)
-                rows[program, seen.stack, host] += 1
-        for (program, stack, host), count in rows.items():
-            fix = fix_for("proxy_ignored", program, stack)
-            yield Unmetered(program, host, count, "proxy_ignored", stack, fix)
+                cause, stack = ("quic", None) if is_quic else ("proxy_ignored", seen.stack)
+                rows[program, stack, host, cause] += 1
+        for (program, stack, host, cause), count in rows.items():
+            yield Unmetered(program, host, count, cause, stack, fix_for(cause, program, stack))
 
     def _host_of(self, seen: _Seen, addresses: Mapping[str, list[str]]) -> str | None:
         """The provider's host at an address; None for an address that is no provider's."""
@@ -275,11 +303,7 @@ def _ports(extra_hosts: Iterable[str]) -> Iterator[int]:
 
 def _texts(pid: int, exe: str, cwd: str | None) -> Iterator[bytes]:
     """A process' arguments, and its script. They are searched for names, and not kept."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            arguments = file.read(ARGUMENTS_BYTES_MAX)
-    except OSError:
-        return
+    arguments = _arguments(pid, ARGUMENTS_BYTES_MAX)
     yield arguments
     words = [word for word in arguments.split(b"\0")[1:] if word and not word.startswith(b"-")]
     if is_interpreter(exe) and words:
@@ -287,6 +311,15 @@ def _texts(pid: int, exe: str, cwd: str | None) -> Iterator[bytes]:
             fd = os.open(os.path.join(os.fsencode(cwd or "/"), words[0]), _QUIETLY)
             with open(fd, "rb") as file:
                 yield file.read(SCRIPT_BYTES_MAX)
+
+
+def _arguments(pid: int, limit: int) -> bytes:
+    """The beginning of a process' arguments; empty once it ends."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read(limit)
+    except OSError:
+        return b""
 
 
 def _names_in_file(path: str, names: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from halton_meter import untrusted
-from halton_meter.store.home import private_file
+from halton_meter.whole_file import replacing
 
 SERVICE_NAME, RUN_NAME = "proxy-refusals.json", "proxy-refusals-of-runs.json"
 KEPT_S, KEPT_OF_RUNS_S = 7 * 86400, 86400
@@ -69,11 +69,8 @@ class RefusalsFile:
             for (host, program), since in self._since.items()
         ]
         content = {"authority": self._authority(), "refusals": rows}
-        fresh = self._path.with_suffix(f".{os.getpid()}")
-        with contextlib.suppress(OSError):
-            with private_file(fresh) as file:
-                file.write(json.dumps(content).encode())
-            os.replace(fresh, self._path)
+        with contextlib.suppress(OSError), replacing(self._path) as file:
+            file.write(json.dumps(content).encode())
 
     def _authority(self) -> str | None:
         with contextlib.suppress(OSError):

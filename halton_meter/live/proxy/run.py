@@ -25,12 +25,11 @@ from typing import Any
 from halton_meter import untrusted
 from halton_meter.budget import END
 from halton_meter.config import ConfigError
-from halton_meter.live import control
+from halton_meter.live import control, left_running
 from halton_meter.live.foreground import in_foreground
 from halton_meter.live.held import END_S, HeldCommand
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.pipeline import prepare_home
-from halton_meter.live.proxy import left_running
 from halton_meter.live.proxy.past import Past
 from halton_meter.live.proxy.programs import CERTIFICATE, RUN_FOLDER
 from halton_meter.live.proxy.service import ProxyService
@@ -163,7 +162,7 @@ def meter_command(
         ca_file = home / CA_FOLDER / CERTIFICATE
         with tempfile.TemporaryDirectory(prefix=RUN_FOLDER) as folder:
             proxied = _proxied(environment, port, ca_file, Path(folder), java)
-            past = Past(hosts, extra_hosts) if sys.platform == "linux" else None
+            past = Past(hosts, extra_hosts, port) if sys.platform == "linux" else None
 
             def began(process: subprocess.Popen[bytes]) -> None:
                 child.process = process

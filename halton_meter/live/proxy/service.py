@@ -42,7 +42,6 @@ from halton_meter.live.losses import MESSAGES_REFUSED, Losses
 from halton_meter.live.outages import PROXY_LIST_NAME, PROXY_STATE_NAME, Downtime, Outages
 from halton_meter.live.proxy.programs import CERTIFICATE, client_of, process_of
 from halton_meter.live.proxy.refusals_file import RUN_NAME, SERVICE_NAME, RefusalsFile
-from halton_meter.live.proxy.remedies import fix_for
 from halton_meter.live.proxy.worker import (
     CA_FOLDER,
     LINE_BYTES_MAX,
@@ -50,6 +49,7 @@ from halton_meter.live.proxy.worker import (
     job_line,
     provider_hosts,
 )
+from halton_meter.live.remedies import fix_for
 from halton_meter.live.restarts import Restarts, cause_of_death
 from halton_meter.live.totals import Totals
 from halton_meter.live.unmetered import Unmetered
@@ -501,6 +501,7 @@ class ProxyService:
             "wrong": [*found.wrong],
             "notes": [*found.notes],
             "hosts_differ": differ or proxy.upstream != self.job.upstream,
+            "addresses": self.addresses,
         }
 
     # --- time

@@ -152,7 +152,9 @@ class Pricing:
             self.gate.limit(job.max_usd, job.at_limit, job.run)
 
         self._pipeline, self._meter = pipeline, pipeline.meter
-        self._journal = JournalWriter(Store(home), home, pipeline.price_error, self._on_write)
+        self._journal = JournalWriter(
+            Store(home, puts_aside=True), home, pipeline.price_error, self._on_write
+        )
         self.gate.refresh = lambda: self._journal.flush(lambda: None)
         self._in_flight = InFlight(pipeline.meter)
         self.under_way: Callable[[], list[ExchangeSoFar]] = list

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from pathlib import Path
 
+import pytest
+
+from capture import live_capture
 from capture.live_capture import LiveCapture
 from halton_meter.cli.run import summary_lines
 from halton_meter.live.keylog.run import meter_command
 
 
-def run(home: Path, link: socket.socket, *command: str) -> tuple[int, list[str]]:
-    result = meter_command(command, home, {"PATH": os.environ["PATH"]}, {}, link)
+@pytest.fixture(autouse=True)
+def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody at the other end captures, so nothing of it is waited for."""
+    monkeypatch.setattr(live_capture, "REST_S_MAX", 0.2)
+
+
+def run(home: Path, link: socket.socket, *command: str, **own: str) -> tuple[int, list[str]]:
+    result = meter_command(command, home, {"PATH": os.environ["PATH"], **own}, {}, link)
     return result.exit_code, summary_lines(result)
 
 
@@ -41,6 +51,28 @@ def test_a_fault_of_ours_is_an_outage(tmp_path: Path) -> None:
     assert code == 4
     assert any("metering failed: ValueError" in line for line in said)
     assert "secret" not in "".join(said)
+
+
+def test_a_data_folder_that_cannot_be_made_keeps_no_command_from_running() -> None:
+    ours, its = socket.socketpair()
+    code, _said = run(Path("/proc/no-such-folder"), ours, "sh", "-c", "exit 5")
+    its.close()
+    assert code == 5
+
+
+@pytest.mark.parametrize("own", [{}, {"SSLKEYLOGFILE": "/dev/null"}])
+def test_what_still_runs_at_the_end_is_named(tmp_path: Path, own: dict[str, str]) -> None:
+    ours, its = socket.socketpair()
+    pid_file = tmp_path / "pid"
+    script = f"(setsid sleep 60 & echo $! >{pid_file}) & wait; exit 3"
+    code, said = run(tmp_path, ours, "sh", "-c", script, **own)
+    its.close()
+    os.kill(int(pid_file.read_text()), signal.SIGKILL)
+    assert code == 3
+    assert said[0] == "no request was metered; what the command spent is not known"
+    assert "  1 process of the command still runs and is no longer metered: sleep. " in "\n".join(
+        said
+    )
 
 
 def test_a_command_that_does_not_exist(tmp_path: Path) -> None:

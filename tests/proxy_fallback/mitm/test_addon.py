@@ -272,6 +272,7 @@ def test_an_upload_is_streamed(place: Place, origin: Make) -> None:
     assert place.exchange().request.body.joined() == b"first halfsecond half"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc")
 def test_large_bodies_both_ways_leave_memory_flat(place: Place, origin: Make) -> None:
     block, blocks = bytes(1 << 20), 96

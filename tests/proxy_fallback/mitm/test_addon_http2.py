@@ -198,6 +198,7 @@ LARGE_BYTES = 64 * MB
 HELD_BYTES_MAX = 8 * MB
 
 
+@pytest.mark.slow
 def test_a_client_that_takes_its_time_holds_the_origin_back(
     place: Place,  # noqa: F811
     origin: Make,
@@ -245,6 +246,7 @@ def test_a_client_that_takes_its_time_holds_the_origin_back(
         assert sum(map(len, body.pieces)) + body.dropped_bytes == size
 
 
+@pytest.mark.slow
 def test_an_origin_that_takes_its_time_holds_an_upload_back(
     place: Place,  # noqa: F811
     origin: Make,

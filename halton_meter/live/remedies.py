@@ -1,4 +1,4 @@
-"""What a person can do about connections that the proxy could not meter: the next command.
+"""What a person can do about connections that proxy or key log did not meter: the next command.
 
 A table by cause, by program and by TLS library. It knows no counts.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 
+NO_QUIC = "turn HTTP/3 off in the program"
 UPROBES = "sudo halton-meter run -- CMD"
 JAVA = "halton-meter run --java -- CMD"
+QUIC = "QUIC"  # where only that is known of the TLS library
 SYSTEM_TRUST = "halton-meter init --system-trust"
 # Libraries that uprobes cannot probe: for these programs the proxy is the only way.
 _NOT_PROBED = frozenset({"Erlang ssl", "JSSE"})
@@ -28,6 +30,10 @@ def fix_for(cause: str, program: str | None, stack: str | None, *, service: bool
     name = (program or "").partition(" ")[0].rpartition("/")[2]
     if cause == "proxy_ignored":
         return _OWN_SETTINGS.get(name, _ITS_OWN if stack in _NOT_PROBED else UPROBES)
+    if cause == "quic":
+        return NO_QUIC
+    if cause == "no_keys":
+        return _without_keys(name, stack)
     has_uprobes = sys.platform == "linux" and stack not in _NOT_PROBED
     if cause == "trust_not_configurable":
         return UPROBES if has_uprobes else SYSTEM_TRUST
@@ -42,6 +48,13 @@ def fix_for(cause: str, program: str | None, stack: str | None, *, service: bool
     if cause == "stopped":
         return "halton-meter start"
     return "halton-meter doctor" if cause in _WORKER else ""
+
+
+def _without_keys(name: str, stack: str | None) -> str:
+    """Uprobes meter, or name, all that writes no keys; the proxy only what follows its settings."""
+    if stack == QUIC:
+        return NO_QUIC
+    return JAVA if name == "java" else UPROBES
 
 
 _WORKER = frozenset(
