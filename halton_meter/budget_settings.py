@@ -45,6 +45,7 @@ PERCENT_MAX = 1000
 USD_MAX = Decimal(10_000_000)
 CENT = Decimal("0.01")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
+NAME_RULE = "it has 40 ASCII letters, digits, _ . and - at most, the first a letter or a digit"
 _KEYS = (
     *("usd", "per", *DIMENSIONS, "each", "at", "action"),
     *("command", "webhook", "counts"),
@@ -166,8 +167,7 @@ class _Reading:
             self.refuse(what)
             return None
         if not NAME.fullmatch(self.name):
-            what = "is no name for a budget: letters, digits, _ . and - make one, 40 at most"
-            self.refuse(what)
+            self.refuse(f"is no name for a budget: {NAME_RULE}")
         for key in table:
             if key not in _KEYS:
                 near = nearest(key, _KEYS)

@@ -411,10 +411,10 @@ class _Judge:
             near = other if other in known else nearest(name, known)
             meant = None if near is None else f"{near}{colon}{alias}"
             what = f"{where}: no provider is called {shown_value(name)}{_meant(meant)}"
-            link = " " if what.endswith("?") else "; "
+            link = " Known" if what.endswith("?") else "; known"
             more = len(known) - len(_APIS)
-            listed = f"Known: {', '.join(_APIS)} and {more} more of docs/providers.md"
-            self.refuse(f"{what}{link}{listed}", "hosts", host)
+            listed = f"{link}: {', '.join(_APIS)} and {more} more of docs/providers.md"
+            self.refuse(f"{what}{listed}", "hosts", host)
             return None
         if colon and not _ALIAS.fullmatch(alias):
             what = f"{where}: {shown_value(family)} gives a name of your own that is none; "

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+from halton_meter.model import NO_PROJECT
 from halton_meter.toml_file import nearest, shown_value
 
 PROJECTS_MAX = 500
@@ -210,6 +211,8 @@ def not_a_name(name: str) -> str | None:
     """Why no project can have this name; None where one can."""
     if not name.strip() or name != name.strip():
         return "a name has no space before or behind it"
+    if name == NO_PROJECT:
+        return "it stands for requests without a project"
     if not name.isprintable():
         return "a name has no control characters in it"
     if len(name) > NAME_CHARACTERS_MAX:

@@ -26,6 +26,7 @@ from halton_meter.store.schema import DAY_SUMS
 CANDIDATES_MAX = 10
 # A shortened id has as many characters at least.
 SHORT_CHARS_MIN = 8
+_OF_PROCESS = "pid-"
 LATEST = "latest"
 # What orders them, and how.
 ORDERS = {
@@ -199,7 +200,7 @@ def shortened(reader: Reader, ids: Iterable[str]) -> dict[str, str]:
         [SHORT_CHARS_MIN, [name[:SHORT_CHARS_MIN] for name in wanted]],
     )
     known = sorted({*wanted, *(name for (name,) in rows)})
-    needed = dict.fromkeys(known, SHORT_CHARS_MIN)
+    needed = {name: max(SHORT_CHARS_MIN, _process_id_end(name)) for name in known}
     for one, other in pairwise(known):
         common = next(
             (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
@@ -208,6 +209,11 @@ def shortened(reader: Reader, ids: Iterable[str]) -> dict[str, str]:
         for name in (one, other):
             needed[name] = max(needed[name], common + 1)
     return {name: name[: needed[name]] for name in wanted}
+
+
+def _process_id_end(name: str) -> int:
+    """Where the process's number ends in `pid-N-…`: half of it would be another process's."""
+    return name.find("-", len(_OF_PROCESS)) if name.startswith(_OF_PROCESS) else 0
 
 
 # --- how one went ---------------------------------------------------------------------------------
@@ -230,6 +236,7 @@ class Step:
     cache_share: float | None
     running_list_usd: Decimal | None
     running_marginal_usd: Decimal | None
+    running_unpriced: int = 0
 
     def json(self) -> dict[str, Any]:
         """The event with what the session adds to it."""
@@ -242,6 +249,7 @@ class Step:
             "cache_share": self.cache_share,
             "running_list_usd": usd_text(self.running_list_usd),
             "running_marginal_usd": usd_text(self.running_marginal_usd),
+            "running_unpriced_requests": self.running_unpriced,
         }
 
 
@@ -325,6 +333,7 @@ def _steps(events: Iterable[PricedEvent], labels: dict[_Key, str | None]) -> Ite
     contexts: dict[_Key, int] = {}
     listed: Decimal | None = None
     marginal: Decimal | None = None
+    unpriced = 0
     for event in events:
         caller = event.usage.caller
         turn = None
@@ -332,6 +341,7 @@ def _steps(events: Iterable[PricedEvent], labels: dict[_Key, str | None]) -> Ite
             turn = turns.setdefault(caller.turn_id, len(turns) + 1)
         listed = total_usd((listed, event.list_usd))
         marginal = total_usd((marginal, event.marginal_usd))
+        unpriced += _is_unpriced(event)
         tokens = {name: getattr(_asked_with(event), name) for name in TOKEN_NAMES}
         context = _sum_of(tokens, _CONTEXT)
         before = contexts.get(_key(caller))
@@ -346,7 +356,13 @@ def _steps(events: Iterable[PricedEvent], labels: dict[_Key, str | None]) -> Ite
             cache_share=cache_share_of(tokens),
             running_list_usd=listed,
             running_marginal_usd=marginal,
+            running_unpriced=unpriced,
         )
+
+
+def _is_unpriced(event: PricedEvent) -> bool:
+    """As `unpriced_requests` counts them; what is implausible is counted as that alone."""
+    return event.list_usd is None and not event.implausible
 
 
 def _asked_with(event: PricedEvent) -> Tokens:
@@ -388,7 +404,5 @@ def _agents(events: Sequence[PricedEvent], labels: dict[_Key, str | None]) -> It
             requests=len(mine),
             output_tokens=sum(counts) if counts else None,
             list_usd=total_usd(event.list_usd for event in mine),
-            unpriced_requests=sum(
-                event.list_usd is None and not event.implausible for event in mine
-            ),
+            unpriced_requests=sum(map(_is_unpriced, mine)),
         )

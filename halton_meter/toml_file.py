@@ -12,6 +12,7 @@ import bisect
 import contextlib
 import os
 import re
+import shlex
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -39,26 +40,34 @@ class NotToml(ValueError):
     """A file that cannot be read; the text says which, where and why, in one line."""
 
 
-def read(path: Path, bytes_max: int) -> Document | None:
-    """The file's document; None where there is no file. Raises NotToml."""
+def read(path: Path, bytes_max: int, *, ours: bool = True) -> Document | None:
+    """The file's document; None where there is no file. Raises NotToml.
+
+    `ours`: nothing else may have its name, so what does is in the way.
+    """
     try:
         with open(path, "rb", opener=_without_waiting) as file:
-            return read_opened(file, path, bytes_max)
+            return read_opened(file, path, bytes_max, ours=ours)
     except FileNotFoundError:
         if path.is_symlink():
             raise NotToml(f"{path}: links to a file that is not there: ls -l {path}") from None
         return None
     except IsADirectoryError:
-        what = f"{path}: this is a folder, not a file; move it away: mv {path} {path}.old"
-        raise NotToml(what) from None
+        raise NotToml(_no_file(path, "a folder, not a file", ours)) from None
     except OSError as error:
         raise NotToml(f"{path}: cannot be read: {error.strerror}; see: ls -l {path}") from None
 
 
-def read_opened(file: IO[bytes], path: Path, bytes_max: int) -> Document:
+def _no_file(path: Path, what: str, ours: bool) -> str:
+    quoted = shlex.quote(str(path))
+    fix = f"move it away: mv {quoted} {quoted}.old" if ours else "name a TOML file"
+    return f"{path}: this is {what}; {fix}"
+
+
+def read_opened(file: IO[bytes], path: Path, bytes_max: int, *, ours: bool = True) -> Document:
     """The document of a file that is open. Raises NotToml, OSError."""
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        raise NotToml(f"{path}: this is not a file; move it away: mv {path} {path}.old")
+        raise NotToml(_no_file(path, "not a file", ours))
     raw = file.read(bytes_max + 1)
     if len(raw) > bytes_max:
         raise NotToml(f"{path}: larger than {bytes_max:,} bytes; such a file is not read")

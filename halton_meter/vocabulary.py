@@ -150,6 +150,7 @@ FREE: Mapping[str, str] = {
 FLAGS: Mapping[str, str] = {
     "bad_usage": "a count is no count: negative, a word, too many digits",
     "usage_not_sent": "the answer states no usage",
+    "count_missing": "the answer does not state how many tokens went in, or how many came out",
     "usage_not_final": "the stream ended before its last count",
     "estimated": "a count is our estimate",
     "pending": "only started",

@@ -255,9 +255,13 @@ class LazyGroup(click.Group):
 
 @contextlib.contextmanager
 def _plainly(context: click.Context | None = None) -> Iterator[None]:
-    """Print click's errors as every other problem: harmlessly, as a file's name may be in them."""
+    """Print errors that no command has caught as every other problem: click's, a file or folder
+    that the system refuses, and what cannot be used. A file's name may be in them.
+    """
     try:
         yield
+    except (click.exceptions.Exit, click.Abort, streams.OutputRefused):
+        raise
     except click.UsageError as error:
         from halton_meter.cli.output import plain_usage
 
@@ -267,6 +271,12 @@ def _plainly(context: click.Context | None = None) -> Iterator[None]:
         from halton_meter.problem import Problem
 
         fail(Problem(error.format_message(), ""))
+    except Exception as error:
+        from halton_meter.cli.output import fail, problems_of
+
+        if not (problems := problems_of(error)):
+            raise
+        fail(*problems)
 
 
 def _settle(*, needs_root: bool) -> None:

@@ -27,8 +27,18 @@ from halton_meter.cli.budget_view import (
 )
 from halton_meter.cli.configured import Configured
 from halton_meter.cli.money import Dollars
-from halton_meter.cli.output import name_typed, note, print_json, say, wrong_usage
+from halton_meter.cli.number import Whole
+from halton_meter.cli.output import (
+    complain,
+    name_typed,
+    note,
+    print_json,
+    problems_of,
+    say,
+    wrong_usage,
+)
 from halton_meter.cli.selection import now_ns
+from halton_meter.config import ConfigError
 
 UNDER, OVER, NOT_KNOWN = 0, 1, 3
 NONE_YET = "No budget yet. Set one: halton-meter budget set daily 20 --per day"
@@ -143,12 +153,28 @@ def _publish(home: Path, sums: Any, at_ns: int, holding: set[str]) -> None:
 # --- check ----------------------------------------------------------------------------------------
 
 
-@budget.command(cls=Configured, short_help="Check in a script whether a budget is over its limit.")
+class _Check(Configured):
+    """Here 1 means over: whatever else would end with it is not known."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except SystemExit as ended:
+            sys.exit(NOT_KNOWN if ended.code == 1 else ended.code)
+        except (ConfigError, OSError) as error:
+            if not (problems := problems_of(error)):
+                raise
+            complain(*problems)
+            sys.exit(NOT_KNOWN)
+
+
+@budget.command(cls=_Check, short_help="Check in a script whether a budget is over its limit.")
 @_NAMES
 @click.option(
     "--at",
     "percent",
-    type=click.IntRange(1, 1000),
+    type=Whole(1, 1000),
     default=100,
     metavar="PERCENT",
     help="Over means at this percentage of the limit or above. Default: 100.",
@@ -161,8 +187,9 @@ def _publish(home: Path, sums: Any, at_ns: int, holding: set[str]) -> None:
 def check(names: tuple[str, ...], percent: int, strict: bool, quiet: bool, as_json: bool) -> None:
     """Check by the exit code whether a budget is over its limit.
 
-    Exit codes: 0 every budget is under; 1 at least one is over; 2 wrong usage; 3 not known, as the
-    store cannot be read, or, with --strict, as requests without a price may be over.
+    Exit codes: 0 every budget is under; 1 at least one is over; 2 wrong usage, or no budget has
+    this name; 3 not known, as the data folder, the settings or the store cannot be read, or, with
+    --strict, as requests without a price may be over.
 
     \b
     Examples:
@@ -171,7 +198,7 @@ def check(names: tuple[str, ...], percent: int, strict: bool, quiet: bool, as_js
     """
     from halton_meter.spending import status_file
 
-    home, budgets = configured(names)
+    home, budgets = configured(names, wrong_usage)
     at_ns = now_ns()
     sums, stale = sums_of(home, budgets, at_ns)
     sums.choose(budgets)
@@ -187,7 +214,7 @@ def check(names: tuple[str, ...], percent: int, strict: bool, quiet: bool, as_js
         if stale is not None:
             note(f"these figures may miss the latest requests: {stale}")
         say("\n".join(check_lines(entries, percent)) if entries else NONE_YET)
-    sys.exit(code)
+    click.get_current_context().exit(code)
 
 
 # --- resume ---------------------------------------------------------------------------------------

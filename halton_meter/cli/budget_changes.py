@@ -94,11 +94,11 @@ def set_(name: str, usd: Decimal | None, **options: Any) -> None:
       halton-meter budget set talk 5 --per session
       halton-meter budget set models 40 --per week --each model --webhook http://127.0.0.1:9000/
     """
-    from halton_meter.budget_settings import NAME
+    from halton_meter.budget_settings import NAME, NAME_RULE
 
     if not NAME.fullmatch(name):
         wrong_usage(
-            f"{name!r} is no name for a budget: letters, digits, _ . and - make one",
+            f"{name!r} is no name for a budget: {NAME_RULE}",
             "halton-meter budget set daily 20 --per day",
         )
     values = _given(usd, options)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from halton_meter.accounts import home_folder
 from halton_meter.budget import Budget
@@ -13,8 +13,14 @@ from halton_meter.cli.output import fail
 from halton_meter.problem import Problem
 
 
-def configured(names: Sequence[str] = ()) -> tuple[Path, tuple[Budget, ...]]:
-    """The data folder and its budgets, or those named; ends the command for an unknown name."""
+def _fail(what: str, fix: str) -> NoReturn:
+    fail(Problem(what, fix))
+
+
+def configured(
+    names: Sequence[str] = (), unknown: Callable[[str, str], NoReturn] = _fail
+) -> tuple[Path, tuple[Budget, ...]]:
+    """The data folder and its budgets, or those named; ends the command for an `unknown` name."""
     from halton_meter import config
     from halton_meter.toml_file import nearest
 
@@ -25,7 +31,7 @@ def configured(names: Sequence[str] = ()) -> tuple[Path, tuple[Budget, ...]]:
         if name not in known:
             near = nearest(name, known)
             fix = f"did you mean {near}?" if near else "halton-meter budget list"
-            fail(Problem(f"there is no budget {name!r}", fix))
+            unknown(f"there is no budget {name!r}", fix)
     return home, tuple(each for each in found if not names or each.name in names)
 
 

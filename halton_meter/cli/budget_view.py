@@ -56,7 +56,8 @@ def left_line(entries: Sequence[Mapping[str, Any]], budget: Budget) -> str:
     """What was spent so far."""
     if len(entries) == 1 and not entries[0]["each"]:
         entry = entries[0]
-        return f"Spent so far: {_spent(entry)} ({entry['percent']:g} %)."
+        percent = f" ({entry['percent']:g} %)" if _is_known(entry) else ""
+        return f"Spent so far: {_spent(entry)}{percent}."
     each = "session" if budget.per == "session" else budget.each
     return f"{count(len(entries), f'{each} has', f'{each}s have')} spent something so far."
 
@@ -77,13 +78,26 @@ def list_table(budgets: Iterable[Budget]) -> str:
     return aligned(header, [tuple(shown(cell, 60) for cell in row) for row in rows], ("LIMIT",))
 
 
+def _is_known(entry: Mapping[str, Any]) -> bool:
+    """Whether anything of what was spent has a price, or nothing was spent."""
+    unpriced: int = entry["unpriced_requests"]
+    return not unpriced or unpriced < entry["requests"]
+
+
 def _spent(entry: Mapping[str, Any]) -> str:
-    text = money_text(Decimal(entry["spent_usd"]))
+    if not _is_known(entry):
+        return f"not known ({entry['unpriced_requests']:,} unpriced)"
+    return _sum(entry["spent_usd"], entry)
+
+
+def _sum(usd: str, entry: Mapping[str, Any]) -> str:
+    text = money_text(Decimal(usd), at_least=entry["at_least"])
     return f"at least {text}" if entry["at_least"] else text
 
 
 def _named(entry: Mapping[str, Any]) -> str:
-    return f"{entry['name']} {shown(entry['of'])}" if entry["of"] else str(entry["name"])
+    has_own = entry["of"] or entry.get("each")
+    return f"{entry['name']} {shown(entry['of'])}" if has_own else str(entry["name"])
 
 
 def _ends(entry: Mapping[str, Any]) -> str:
@@ -106,8 +120,8 @@ def table(entries: Iterable[Mapping[str, Any]]) -> str:
                 _spent(entry),
                 money_text(Decimal(entry["limit_usd"])),
                 styled(cells, style) if style else cells,
-                f"{percent:g}",
-                UNKNOWN if forecast is None else money_text(Decimal(forecast)),
+                f"{percent:g}" if _is_known(entry) else UNKNOWN,
+                UNKNOWN if forecast is None or not _is_known(entry) else _sum(forecast, entry),
                 _ends(entry),
             )
         )
@@ -151,13 +165,9 @@ def status_lines(
         of_each = "session" if each.per == "session" else each.each
         yield f"{each.name}: no {of_each or 'request'} has spent anything yet"
     yield from map(_allowed_line, allowed)
-    unpriced = sum(entry["unpriced_requests"] for entry in entries if not entry["of"])
-    if unpriced:
+    if any(entry["unpriced_requests"] for entry in entries):
         yield ""
-        yield (
-            f"{count(unpriced, 'request has', 'requests have')} no price, so the sums may be too "
-            "low. See: halton-meter report --by model"
-        )
+        yield "Some requests have no price: they are in no sum. See: halton-meter report --by model"
     for stop in held:
         yield ""
         yield from _stop_lines(stop)
@@ -199,6 +209,9 @@ def check_lines(entries: Sequence[Mapping[str, Any]], percent: int) -> Iterator[
     for entry in entries:
         word = "over" if entry["percent"] >= percent else "under"
         limit = money_text(Decimal(entry["limit_usd"]))
+        if not _is_known(entry):
+            yield f"{_named(entry)}: {_spent(entry)}, of {limit}"
+            continue
         yield f"{_named(entry)}: {word}, {_spent(entry)} of {limit} ({entry['percent']:g} %)"
 
 

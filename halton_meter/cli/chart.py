@@ -11,7 +11,7 @@ from datetime import date, timedelta
 from decimal import Decimal
 from itertools import groupby
 
-from halton_meter.cli.output import bar, money_text, shown, styled
+from halton_meter.cli.output import bar, shown, styled, sum_text
 from halton_meter.report import TIMES, Group, Report
 
 # The first unit that makes no more rows than these.
@@ -40,7 +40,9 @@ def chart(answer: Report, columns: int, places: int) -> str:
     rows = [(at, _amounts(times.get(at, []), named, names)) for at in _all(unit, [*times])]
     totals = [sum(filter(None, amounts), Decimal(0)) for _, amounts in rows]
     texts = [
-        money_text(total, places) if any(a is not None for a in amounts) else _none(times.get(at))
+        sum_text(total, _unpriced(times.get(at)), places)
+        if any(a is not None for a in amounts)
+        else _none(times.get(at))
         for total, (at, amounts) in zip(totals, rows, strict=True)
     ]
     labels = [_label(unit, at) for at, _ in rows]
@@ -52,6 +54,10 @@ def chart(answer: Report, columns: int, places: int) -> str:
         for label, text, (_, amounts) in zip(labels, texts, rows, strict=True)
     ]
     return "\n".join([*lines, *_legend(names, named)])
+
+
+def _unpriced(groups: Sequence[Group] | None) -> int:
+    return sum(group.figures.unpriced_requests for group in groups or ())
 
 
 def _none(groups: Sequence[Group] | None) -> str:

@@ -20,7 +20,9 @@ import click
 from halton_meter.accounts import home_folder
 from halton_meter.cli import config_file
 from halton_meter.cli.configured import told
+from halton_meter.cli.named import FilePath
 from halton_meter.cli.output import (
+    LINE_CHARACTERS_MAX,
     count,
     fail,
     name_typed,
@@ -365,10 +367,18 @@ _NEW = """\
 
 
 def _edited(target: Path) -> str:
+    from capture.packets.input_files import open_file
+
     try:
-        text = target.read_bytes().decode("utf-8", "replace") if target.exists() else _NEW
+        with open_file(target) as file:
+            text = file.read(CONFIG_BYTES_MAX + 1).decode("utf-8", "replace")
+    except FileNotFoundError:
+        text = _NEW
     except OSError as error:
         fail(Problem(f"{target}: cannot be read: {error.strerror}", f"ls -l {target}"))
+    if len(text) > CONFIG_BYTES_MAX:
+        what = f"{target}: larger than {CONFIG_BYTES_MAX:,} bytes; such a file is not read"
+        fail(Problem(what, f"ls -l {shlex.quote(str(target))}"))
     found = _in_editor(text)
     return "" if found == _NEW else found
 
@@ -413,7 +423,7 @@ Examples:
   sudo halton-meter config check --system
 """
 )
-@click.argument("file", required=False, type=click.Path(path_type=Path), metavar="[FILE]")
+@click.argument("file", required=False, type=FilePath(path_type=Path), metavar="[FILE]")
 @_SYSTEM
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def check(file: Path | None, system: bool, as_json: bool) -> None:
@@ -426,7 +436,7 @@ def check(file: Path | None, system: bool, as_json: bool) -> None:
     """
     name = SYSTEM_CONFIG if system else file or _home() / CONFIG_NAME
     try:
-        found = read_system() if system else _read_file(name)
+        found = read_system() if system else _read_file(name, named=file is not None)
     except ConfigError as error:
         fail(*error.problems, as_json=as_json)
     if as_json:
@@ -441,15 +451,19 @@ def check(file: Path | None, system: bool, as_json: bool) -> None:
     sys.exit(1 if found.wrong else 0)
 
 
-def _read_file(name: Path) -> Loaded:
+def _read_file(name: Path, *, named: bool) -> Loaded:
+    """What a file says; one that a user has `named` must be there."""
     from halton_meter import toml_file
     from halton_meter.config import judged
 
+    ours = not named or name.absolute() == (_home() / CONFIG_NAME).absolute()
     try:
-        document = toml_file.read(name, CONFIG_BYTES_MAX)
+        document = toml_file.read(name, CONFIG_BYTES_MAX, ours=ours)
     except toml_file.NotToml as error:
         return Loaded(wrong=(str(error),))
-    return Loaded() if document is None else judged(document)
+    if document is None:
+        return Loaded(wrong=(f"{name}: no such file; name a TOML file",) if named else ())
+    return judged(document)
 
 
 @config.command(
@@ -482,10 +496,13 @@ def reload() -> None:
     sys.exit(1 if wrong else 0)
 
 
+# Services that are asked as the user that they are: the proxy, the key log service.
+OTHERS_MAX = 2
+
+
 def _reload_of_root(home: Path) -> None:
     """Signal the supervisor, which reads both files; ask the others as the user that they are."""
-    from halton_meter import accounts, privileges
-    from halton_meter.live.control import KEY_LOG_SOCKET_NAME, PROXY_SOCKET_NAME, ask_service
+    from halton_meter import accounts, privileges, untrusted
     from halton_meter.live.probes import service
 
     account = accounts.invoking_account()
@@ -499,18 +516,15 @@ def _reload_of_root(home: Path) -> None:
         service.signal_reload(found)
         say("the uprobes service reads its settings again, the hosts too")
 
-    def others() -> list[str]:
-        names = {PROXY_SOCKET_NAME: "the local proxy", KEY_LOG_SOCKET_NAME: "the key log service"}
-        return [
-            what
-            for name, what in names.items()
-            if ask_service(home, "reload", name=name) is not None
-        ]
+    def others() -> dict[str, list[str]]:
+        return {"lines": config_file.reload_services(home, uprobes=False)}
 
-    told_others = privileges.as_account(account, others)
-    known = ("the local proxy", "the key log service")
-    for what in (each for each in known if each in (told_others or ())):
-        say(f"{what} uses them from now on")
+    answer = privileges.as_account(account, others)
+    if not isinstance(answer, dict):
+        answer = {}
+    told_others = untrusted.texts(answer, "lines", OTHERS_MAX, LINE_CHARACTERS_MAX)
+    for line in told_others:
+        say(line)
     if not told_others and found is None:
         fail(Problem("no service runs, so nothing had to be read again", "halton-meter status"))
     sys.exit(1 if wrong else 0)

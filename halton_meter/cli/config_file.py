@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -200,8 +200,11 @@ def remove(document: MutableMapping[str, Any], keys: tuple[str, ...]) -> bool:
 # --- what runs ------------------------------------------------------------------------------------
 
 
-def reload_services(home: Path) -> list[str]:
-    """Have what runs read rules, prices and limits again; lines for people. Nothing runs: none."""
+def reload_services(home: Path, *, uprobes: bool = True) -> list[str]:
+    """Have what runs read rules, prices and limits again; lines for people. Nothing runs: none.
+
+    `uprobes`: that service, too.
+    """
     from halton_meter.live.control import (
         KEY_LOG_SOCKET_NAME,
         PROXY_SOCKET_NAME,
@@ -215,7 +218,9 @@ def reload_services(home: Path) -> list[str]:
         (PROXY_SOCKET_NAME, "the local proxy", "halton-meter init"),
         (KEY_LOG_SOCKET_NAME, "the key log service", ""),
     ):
-        answer = ask_service(home, "reload", name=name)
+        answer = None
+        if uprobes or name != SOCKET_NAME:
+            answer = ask_service(home, "reload", name=name)
         if answer is None:
             continue
         if not answer.get("reloaded"):
@@ -224,7 +229,24 @@ def reload_services(home: Path) -> list[str]:
         lines.append(f"{what} uses it from now on")
         if answer.get("hosts_differ"):
             lines[-1] = f"{what} uses it, except for the hosts; for these: {fix}"
+        elif name == PROXY_SOCKET_NAME and (kept := _kept_port(home, answer)):
+            lines[-1] = f"{what} uses it, except for the port: it listens on {kept}"
     return lines
+
+
+def _kept_port(home: Path, answer: Mapping[str, Any]) -> str | None:
+    """Where the proxy goes on listening though another port is set, and what ends that."""
+    from halton_meter import config
+    from proxy_fallback.setup.ledger import LEDGER_NAME
+
+    port = config.read(home).config.proxy.port
+    addresses = [str(each) for each in answer.get("addresses") or ()]
+    if not addresses or any(each.endswith(f":{port}") for each in addresses):
+        return None
+    again = "halton-meter stop --via proxy; halton-meter start --via proxy"
+    if (home / LEDGER_NAME).exists():  # programs are set up to use the port
+        again = "halton-meter init"
+    return f"{', '.join(addresses)} until you run: {again}"
 
 
 def said_reloaded(home: Path) -> None:

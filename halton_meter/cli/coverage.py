@@ -21,8 +21,8 @@ from halton_meter.coverage import (
     bytes_ratio,
     connections_ratio,
 )
-from halton_meter.live.proxy.remedies import fix_for
-from halton_meter.live.unmetered import PROXY_CAUSES, Unmetered
+from halton_meter.live.remedies import fix_for
+from halton_meter.live.unmetered import KEY_LOG_CAUSES, PROXY_CAUSES, Unmetered
 
 RESTS_SHOWN = 8
 # Losses that are connections, which coverage names where it is known.
@@ -130,7 +130,7 @@ def rest_line(part: Part, counted: Count) -> str:
         otherwise = NO_SURE_FIX
     option = "--via proxy --java" if part.stack == "JSSE" else "--via proxy"
     fix = "" if otherwise else f"halton-meter run {option} -- {shlex.quote(name)}"
-    if cause in PROXY_CAUSES:  # the proxy itself is no way to meter these
+    if cause in PROXY_CAUSES | KEY_LOG_CAUSES:  # the proxy is no way to meter these, or no sure one
         fix = fix_for(cause, part.program, part.stack)
     stack = None if part.stack == "unknown" else part.stack
     row = Unmetered(part.program and name, part.host, counted.connections, cause, stack, fix)

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from halton_meter.cli.named import FilePath
+from halton_meter.cli.number import Whole
 from halton_meter.cli.output import note, problem_text, wrong_usage
 from halton_meter.live.restarts import Restarts, cause_of_death
 from halton_meter.problem import Problem
@@ -96,12 +98,12 @@ def log_on(stream: TextIO) -> TextIO:
 )
 @click.option(
     "--port",
-    type=click.IntRange(1, 65535),
+    type=Whole(1, 65535),
     help="Port of the proxy; default: the one in config.toml, else 8081.",
 )
 @click.option(
     "--keys",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     multiple=True,
     help="A key log file, or a folder of them, that your programs write (keylog); default: keys "
     "in the data folder, where what was read is wiped.",
@@ -204,7 +206,7 @@ def _serve_key_log(owner: str | None, keys: tuple[Path, ...], interface: str | N
         raise Unavailable(problems)
     account = accounts.account_named(owner) if owner else accounts.invoking_account()
     fix = "sudo halton-meter daemon --foreground --via keylog"
-    link = start_capture([HTTPS], interface, fix)
+    link = start_capture([HTTPS], interface, fix=fix)
     connectors = start_connectors(account.uid, account.gid, [HTTPS])
     privileges.become_for_good(account)  # what captures is there already
     if owner is None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from halton_meter.cli.configured import Configured
+from halton_meter.cli.number import Whole
 from halton_meter.cli.output import fail
 from halton_meter.problem import Problem
 
@@ -34,7 +35,7 @@ Examples:
 )
 @click.option(
     "--port",
-    type=click.IntRange(0, 65535),
+    type=Whole(0, 65535),
     default=0,
     help="Port; default: any free one.",
 )

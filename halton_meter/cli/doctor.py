@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from halton_meter import installed
+from halton_meter.cli.number import Whole
 from halton_meter.cli.output import complain, count, fail, print_json, say, styled, wrong_usage
 from halton_meter.problem import Problem, Unavailable
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 # A day of heavy use is some 50 MB of events.
 FREE_BYTES_MIN = 500 * 1024 * 1024
+# A flush keeps the database locked for less.
+LOCK_SECONDS_MAX = 10.0
 HEALTHY, DEGRADED, BROKEN = "healthy", "degraded", "broken"
 EXIT_CODES = {HEALTHY: 0, DEGRADED: 1, BROKEN: 3}
 EXAMPLES = """
@@ -62,7 +65,7 @@ class Finding:
 @click.option("--fix", is_flag=True, help="Show the commands that fix what fails.")
 @click.option("--apply", is_flag=True, help="With --fix: run them.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON object.")
-@click.option("--pid", type=click.IntRange(1), help="Show how this running process can be metered.")
+@click.option("--pid", type=Whole(1), help="Show how this running process can be metered.")
 def doctor(*, fix: bool, apply: bool, as_json: bool, pid: int | None) -> None:
     """Diagnose problems and fix them.
 
@@ -174,15 +177,33 @@ def _apply(machine: Machine, plan: list[str], as_json: bool) -> int:
 
 def diagnose(machine: Machine) -> Iterator[Finding]:
     """Every check, in the order in which one depends on another."""
+    home = machine.home
+    yield from _installed()
+    yield from _all_of("settings", _settings(home))
+    yield from _all_of("data folder", _files(home))
+    yield from _all_of("database", _database(home))
+    yield _prices(home)
+    yield from _all_of("uprobes service", _service(home))
+    yield from _all_of("key log service", _key_log_service(home))
+    yield from _all_of("proxy set-up", _proxy_set_up(machine))
+    yield from _tools(machine)
+
+
+def _all_of(check: str, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """A check's findings, the last of them a file that the system refuses: a diagnosis goes on."""
+    try:
+        yield from findings
+    except OSError as error:
+        where = os.fsdecode(error.filename or "")
+        what = f"{where}: {error.strerror or error}" if where else str(error.strerror or error)
+        fix = f"ls -ld {shlex.quote(os.path.dirname(where) or where)}" if where else ""
+        yield Finding(check, False, what, fix, breaks=True)
+
+
+def _proxy_set_up(machine: Machine) -> Iterator[Finding]:
     from proxy_fallback.setup.changes import ChangeError
     from proxy_fallback.setup.ledger import Ledger
 
-    yield from _installed()
-    yield from _settings(machine.home)
-    yield from _files(machine.home)
-    yield _prices(machine.home)
-    yield from _service(machine.home)
-    yield from _key_log_service(machine.home)
     try:
         ledger = Ledger(machine.home, machine.commands)
     except ChangeError as error:
@@ -196,7 +217,6 @@ def diagnose(machine: Machine) -> Iterator[Finding]:
     else:
         what = "not set up; `run` and the service meter without it (set up: halton-meter init)"
         yield Finding("proxy set-up", None, what)
-    yield from _tools(machine)
 
 
 def _installed() -> Iterator[Finding]:
@@ -231,12 +251,15 @@ def _files(home: Path) -> Iterator[Finding]:
     if not home.is_dir():
         yield Finding("data folder", None, f"{home} does not exist yet")
         return
-    private = ("*.duckdb*", "*.journal*", "*.sqlite*", "config.toml", "changes.json")
+    private = (
+        *("*.duckdb*", "*.journal*", "*.sqlite*", "config.toml", "pricing.toml", "changes.json"),
+        *("captures.json", "account.key", "metrics-token"),
+    )
     open_ones = [
         file
         for pattern in (*private, "proxy-ca/mitmproxy-ca.p*")
         for file in home.glob(pattern)
-        if stat.S_IMODE(file.stat().st_mode) & 0o077
+        if _is_open(file)
     ]
     listed = " ".join(shlex.quote(str(file)) for file in open_ones)
     if stat.S_IMODE(home.stat().st_mode) & 0o022:
@@ -248,7 +271,12 @@ def _files(home: Path) -> Iterator[Finding]:
     else:
         yield Finding("permissions", True, f"only you can read and write {home}")
     yield _room(home)
-    yield from _database(home)
+
+
+def _is_open(file: Path) -> bool:
+    """Whether others than its owner may read it; what a link leads to is not ours to change."""
+    found = file.lstat()
+    return stat.S_ISREG(found.st_mode) and bool(found.st_mode & 0o077)
 
 
 def _room(home: Path) -> Finding:
@@ -267,15 +295,27 @@ def _database(home: Path) -> Iterator[Finding]:
     from halton_meter.store import DatabaseDamaged, DatabaseTooNew, Store, StoreError
 
     store = Store(home)
-    if not store.database_path.exists():
+    path = store.database_path
+    if not path.exists():
+        if path.is_symlink():
+            led = os.path.realpath(path)
+            what = f"{path} leads to {led}, which is not there"
+            here = os.path.isdir(os.path.dirname(led))  # the next request makes the file
+            yield Finding(
+                "database",
+                None if here else False,
+                what,
+                f"ls -l {shlex.quote(str(path))}",
+                breaks=not here,
+            )
         return
     try:
-        with store.reading(0.5):
+        with store.reading(LOCK_SECONDS_MAX):
             pass
     except (DatabaseDamaged, DatabaseTooNew) as error:
         yield Finding("database", False, str(error), breaks=True)
-    except StoreError as error:  # somebody has it at the moment
-        yield Finding("database", None, str(error))
+    except StoreError as error:  # locked, or refused by the system: no report can be made
+        yield Finding("database", False, str(error))
     else:
         yield Finding("database", True, f"{store.database_path} can be read")
     for path in store.damaged_databases:
@@ -460,11 +500,13 @@ def _tools(machine: Machine) -> Iterator[Finding]:
         yield Finding("uprobes", None, f"{problem.what} (fix: {problem.fix})")
     if not missing:
         yield Finding("uprobes", True, "supported on this machine (start: sudo halton-meter start)")
-    yield _coverage()
+    yield _coverage(bool(_asked(machine.home)))
 
 
-def _coverage() -> Finding:
-    """Whether the kernel shows the connections that the share of metered traffic is taken of."""
+def _coverage(runs: bool) -> Finding:
+    """Whether the kernel shows the connections that the share of metered traffic is taken of;
+    `runs`: the service that counts them.
+    """
     from capture.environment import missing_tracepoints
 
     try:
@@ -473,4 +515,7 @@ def _coverage() -> Finding:
         lacking = "type information (CONFIG_DEBUG_INFO_BTF)"
     if lacking:
         return Finding("coverage", None, f"unknown with uprobes: the kernel lacks {lacking}")
+    if not runs:
+        what = "uprobes would count every connection to a provider, once the service runs"
+        return Finding("coverage", None, what)
     return Finding("coverage", True, "uprobes count every connection to a provider")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halton_meter.accounts import is_root
 from halton_meter.problem import Problem, Unavailable
 from proxy_fallback.setup.variables import VARIABLES, Holds
 
@@ -90,8 +91,14 @@ def ways(
     paths, environment = _paths(pid), _environment(pid)
     if paths is None or environment is None:
         user = process.user or f"uid {process.uid}"
+        if is_root():
+            what = f"process {pid} is {user}'s, and the system does not let even root look into it"
+            raise Unavailable([Problem(what, "name another process: ps -e")])
         what = f"process {pid} is {user}'s, whose programs you may not look into"
-        raise Unavailable([Problem(what, f"sudo -u {user} halton-meter doctor --pid {pid}")])
+        fix = f"sudo -u {user} halton-meter doctor --pid {pid}"
+        if process.uid == 0:  # by sudo from a user, root would become that user
+            fix = f"su -c 'halton-meter doctor --pid {pid}'"
+        raise Unavailable([Problem(what, fix)])
     libraries = list(_libraries(pid, paths))
     return process, [
         _by_uprobes(pid, paths, libraries),

@@ -13,21 +13,31 @@ import click
 from halton_meter.accounts import home_folder
 from halton_meter.cli.configured import Configured
 from halton_meter.cli.held import with_held
+from halton_meter.cli.number import Whole
 from halton_meter.cli.output import (
     aligned,
     count_text,
+    free_note,
     local_time,
     money_text,
     outcome_text,
+    price_text,
     say,
     shown,
     write_json_lines,
     zone_text,
 )
-from halton_meter.cli.selection import now_ns, read_selection, selection_options, store_problems
+from halton_meter.cli.selection import (
+    ROWS_MAX,
+    no_match,
+    now_ns,
+    read_selection,
+    selection_options,
+    store_problems,
+)
 from halton_meter.contract import event_json
 from halton_meter.model import Certainty, PricedEvent
-from halton_meter.store import NothingStored, Store
+from halton_meter.store import NothingStored, Selection, Store
 
 # Rows of the table without --limit; --json prints all.
 TABLE_ROWS = 50
@@ -45,7 +55,9 @@ Examples:
 )
 @selection_options
 @click.option(
-    "--limit", type=click.IntRange(min=1), help="Only the latest N. Default: 50; with --json, all."
+    "--limit",
+    type=Whole(1, ROWS_MAX),
+    help="Only the latest N. Default: 50; with --json, all.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, times in UTC.")
 def events(limit: int | None, as_json: bool, **options: Any) -> None:
@@ -59,7 +71,7 @@ def events(limit: int | None, as_json: bool, **options: Any) -> None:
             if as_json:
                 write_json_lines(map(event_json, found))
             else:
-                _write_table(list(found), limit)
+                _write_table(list(found), limit, selection)
     except NothingStored as nothing:
         if not as_json:
             say(with_held(str(nothing)))
@@ -72,9 +84,9 @@ _SESSION_CHARACTERS = 13
 _RIGHT = frozenset({"IN", "CACHED", "OUT", "LIST PRICE"})
 
 
-def _write_table(found: list[PricedEvent], limit: int | None) -> None:
+def _write_table(found: list[PricedEvent], limit: int | None, selection: Selection) -> None:
     if not found:
-        say("No requests match. Widen the period: halton-meter events --since 30d")
+        say(no_match(selection, "events"))
         return
     zone = zone_text(found[0].usage.at_ns, found[-1].usage.at_ns)
     header: list[str] = [f"TIME ({zone})", *_COLUMNS]
@@ -96,7 +108,7 @@ def _write_table(found: list[PricedEvent], limit: int | None) -> None:
 def _row(event: PricedEvent) -> list[str]:
     usage, tokens = event.usage, event.tokens
     notes: list[str | None] = [usage.error_class]
-    notes.append(None if usage.free in (None, "error") else usage.free)
+    notes.append(free_note(usage.free))
     notes.append("implausible" if event.implausible else None)
     notes.append("estimated" if usage.certainty is Certainty.ESTIMATED else None)
     ended = outcome_text(usage.outcome.value, usage.gap)
@@ -108,6 +120,6 @@ def _row(event: PricedEvent) -> list[str]:
         count_text(tokens.input),
         count_text(tokens.cache_read),
         count_text(tokens.output),
-        money_text(event.list_usd, 6),
+        price_text(event.list_usd, usage.free, money_text(event.list_usd, 6)),
         ", ".join([*(shown(note) for note in notes if note), *([ended] if ended else [])]),
     ]

@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import shlex
 import shutil
-import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,8 +22,10 @@ import click
 
 from halton_meter.accounts import home_folder
 from halton_meter.cli.configured import Configured
+from halton_meter.cli.named import FilePath, file_of, stream_of
 from halton_meter.cli.output import count, fail, say
 from halton_meter.cli.selection import now_ns, read_selection, selection_options, store_problems
+from halton_meter.cli.signalled import ended_in_order
 from halton_meter.cli.streams import names_stdout
 from halton_meter.contract import event_json
 from halton_meter.problem import Problem
@@ -53,7 +53,6 @@ _WRITERS: dict[str, Callable[[Reader, Path, Selection], int]] = {
     "json": _write_jsonl,
 }
 _BINARY = frozenset({"sqlite", "parquet"})
-_DESCRIPTOR = re.compile(r"(?:/dev/fd|/proc/self/fd)/\d+")
 
 
 @click.command(
@@ -68,7 +67,7 @@ Examples:
 """,
 )
 @click.argument("form", metavar="sqlite|csv|parquet|jsonl", type=click.Choice(list(_WRITERS)))
-@click.argument("path", type=click.Path(dir_okay=False, allow_dash=True))
+@click.argument("path", type=FilePath(dir_okay=False, allow_dash=True))
 @selection_options
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 def export(form: str, path: str, force: bool, **options: Any) -> None:
@@ -78,7 +77,7 @@ def export(form: str, path: str, force: bool, **options: Any) -> None:
     spreadsheet would run as a formula has an apostrophe before it.
     """
     selection = read_selection(now_ns(), **options)
-    if (stream := _stream(path)) is not None:
+    if (stream := stream_of(path)) is not None:
         _into_stream(form, stream, selection, path)
     else:
         _new_file(form, Path(path), selection, force)
@@ -87,11 +86,12 @@ def export(form: str, path: str, force: bool, **options: Any) -> None:
 def _new_file(form: str, path: Path, selection: Selection, force: bool) -> None:
     if path.exists() and not force:
         fail(Problem(f"{path} exists", "add --force to replace it, or name another file"))
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    target = file_of(path)
+    part = target.with_name(f".{target.name}.part-{os.getpid()}")
     try:
         written = _exported(form, part, selection, path)
         with _disk_problems(path):
-            os.replace(part, path)
+            os.replace(part, target)
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -110,32 +110,13 @@ def _exported(form: str, part: Path, selection: Selection, path: Path) -> int:
 # --- through a pipe -------------------------------------------------------------------------------
 
 
-def _stream(path: str) -> BinaryIO | None:
-    """What to write into where no new file is asked for: standard output, a pipe, a device."""
-    if names_stdout(path):
-        return sys.stdout.buffer
-    try:
-        if _DESCRIPTOR.fullmatch(path):
-            return os.fdopen(os.dup(int(Path(path).name)), "wb")
-        kind = os.stat(path).st_mode
-        if stat.S_ISFIFO(kind) or stat.S_ISCHR(kind):
-            return open(path, "wb")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        fail(Problem(f"cannot write into {path}: {error.strerror}", "name another file"))
-    if not stat.S_ISREG(kind):
-        fail(Problem(f"{path} is not a regular file", "name another file"))
-    return None
-
-
 def _into_stream(form: str, stream: BinaryIO, selection: Selection, path: str) -> None:
     """Write into what is there already, once all of it could be read."""
     if form in _BINARY and stream.isatty():
         where = "standard output" if names_stdout(path) else path
         what = f"{form} is not text, and {where} is a terminal"
         fail(Problem(what, f"halton-meter export {form} spend.{form}"))
-    with tempfile.TemporaryDirectory(prefix="halton-meter-") as folder:
+    with ended_in_order(), tempfile.TemporaryDirectory(prefix="halton-meter-") as folder:
         part = Path(folder) / "export"
         _exported(form, part, selection, part)
         try:

@@ -87,7 +87,10 @@ def set_up(*, ask: bool, as_json: bool) -> None:
         say(told())
         click.confirm("Continue?", default=True, abort=True)
     if runs_from_cache():
-        note("this runs from uv's cache, which uv may empty; then the service stops")
+        note(
+            "this runs from uv's cache, which uv may empty; then the service stops. "
+            f"Later: uv tool install {installed.requirement()} && halton-meter init"
+        )
     account, home = accounts.invoking_account(), accounts.home_folder()
     ran = ask_service(home, "status", owner=account.uid) is not None
     start_probes(quiet=as_json)

@@ -18,7 +18,10 @@ from halton_meter.accounts import home_folder
 from halton_meter.cli.book import open_book
 from halton_meter.cli.configured import Configured
 from halton_meter.cli.losses import losses_in_words
+from halton_meter.cli.named import FilePath, file_name
 from halton_meter.cli.output import (
+    PENDING,
+    PENDING_NOTE,
     count,
     fail,
     harmless,
@@ -31,6 +34,7 @@ from halton_meter.cli.output import (
     shown,
     zone_text,
 )
+from halton_meter.cli.signalled import ended_in_order
 from halton_meter.contract import event_json, rfc3339
 from halton_meter.problem import Problem
 
@@ -48,11 +52,11 @@ _ID_PARTS = 3
 
 
 @click.command(cls=Configured)
-@click.argument("what", metavar="FILE|EVENT_ID")
+@click.argument("what", type=file_name, metavar="FILE|EVENT_ID")
 @click.option(
     "--keys",
     multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FilePath(exists=True, dir_okay=False, path_type=Path),
     help="TLS key log (SSLKEYLOGFILE); may be given again. Not needed for a pcapng with secrets.",
 )
 @click.option("--show-bodies", is_flag=True, help="Show prompts and answers as they are.")
@@ -77,7 +81,8 @@ def inspect(what: str, keys: tuple[Path, ...], show_bodies: bool, as_json: bool)
     if path.is_dir():
         fail(Problem(f"{what} is a folder", f"name one capture in it: ls {shlex.quote(what)}"))
     elif path.exists():
-        _inspect_capture(path, keys, show_bodies, as_json)
+        with ended_in_order():
+            _inspect_capture(path, keys, show_bodies, as_json)
     elif "/" in what or path.suffix:
         fail(Problem(f"{shown(what, NAME_CHARACTERS_MAX)}: no such file", "ls -l"))
     else:
@@ -353,6 +358,8 @@ def _counts_text(counts: dict[str, Any]) -> str:
 def _price_text(document: dict[str, Any]) -> str:
     usd = document["list_usd"]
     price = "unpriced" if usd is None else f"${usd} list price, {document['basis']}"
+    if PENDING in document["flags"] and usd == "0":
+        price = f"{PENDING}, {PENDING_NOTE}"
     flags = f"; {', '.join(document['flags'])}" if document["flags"] else ""
     return (
         f"{document['provider']} {document['model'] or document['request_model']}  {price}{flags}"

@@ -19,11 +19,13 @@ from pathlib import Path
 
 import click
 
+from halton_meter.cli.number import Whole
 from halton_meter.cli.output import fail, note, say
 from halton_meter.cli.systemd_unit import UNIT_NAME, UNIT_PATH, has_systemd
 from halton_meter.problem import Problem
 
 LINES = 50
+LINES_MAX = 1_000_000  # more than are read of a file
 READ_BYTES_MAX = 16 << 20  # of a file, from its end
 FOLLOW_S = 0.5
 FILES = {"uprobes": "daemon.log", "proxy": "proxy.log", "keylog": "keylog.log"}
@@ -43,7 +45,7 @@ Examples:
 """
 )
 @click.option("--follow", "-f", is_flag=True, help="Go on with new lines, until Ctrl-C.")
-@click.option("--lines", "-n", type=click.IntRange(0), metavar="N", help="Default: 50.")
+@click.option("--lines", "-n", type=Whole(0, LINES_MAX), metavar="N", help="Default: 50.")
 @click.option(
     "--via",
     type=click.Choice(["auto", "uprobes", "proxy", "keylog"]),

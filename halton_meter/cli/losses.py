@@ -96,8 +96,8 @@ def sightings_in_words(seen_again: int, told_apart: int, stored_before: int = 0)
     if seen_again:
         lines.append(f"{count(seen_again, 'sighting')} of requests seen before, not counted again")
     if stored_before:
-        events = count(stored_before, "event")
-        lines.append(f"{events} stored before, by another source or a second time: counted once")
+        known = "1 request is" if stored_before == 1 else f"{stored_before:,} requests are"
+        lines.append(f"{known} in the store already: counted once")
     if told_apart:
         share = "shares" if told_apart == 1 else "share"
         lines.append(f"{count(told_apart, 'request')} {share} another's response id, each counted")

@@ -15,9 +15,9 @@ from pathlib import Path
 import click
 
 from halton_meter import __version__
-from halton_meter.cli.output import count, fail, say, wrong_usage
+from halton_meter.cli.named import FilePath
+from halton_meter.cli.output import count, fail, say, unwritten, wrong_usage
 from halton_meter.cli.pages import NAME, Page, manual_page, pages
-from halton_meter.problem import Problem
 
 # Where `man` looks without being told, for one user.
 _FOLDER = ".local/share/man/man1"
@@ -35,7 +35,7 @@ Examples:
 @click.option("--install", is_flag=True, help="Write a page for each command into a man1 folder.")
 @click.option(
     "--folder",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FilePath(path_type=Path, file_okay=False),
     metavar="FOLDER",
     help=f"With --install: that folder. Default: ~/{_FOLDER}.",
 )
@@ -75,7 +75,7 @@ def _install(folder: Path, all_pages: list[Page]) -> None:
         for page in all_pages:
             (folder / f"{page.words.replace(' ', '-')}.1").write_text(_drawn(page))
     except OSError as error:
-        fail(Problem(f"{folder} cannot be written: {error.strerror}", f"ls -ld {folder.parent}"))
+        fail(unwritten(folder, error, folder.parent))
     say(f"{count(len(all_pages), 'page')} written to {folder}; read them with: man {NAME}")
     if os.environ.get("MANPATH") and str(folder.parent) not in os.environ["MANPATH"]:
         say(f'  MANPATH is set: export MANPATH="{folder.parent}:$MANPATH"')

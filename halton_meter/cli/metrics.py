@@ -7,12 +7,13 @@ port is taken; 2 wrong usage.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import click
 
 from halton_meter.cli.configured import Configured
-from halton_meter.cli.output import count, fail, say, wrong_usage
+from halton_meter.cli.named import FilePath
+from halton_meter.cli.number import Whole
+from halton_meter.cli.output import count, fail, look_at, say, wrong_usage
 from halton_meter.problem import Problem
 
 PORT = 9464
@@ -29,17 +30,17 @@ Examples:
 )
 @click.option(
     "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write them into this file, whole or not at all.",
+    type=FilePath(dir_okay=False, allow_dash=True),
+    help='Write them into this file, whole or not at all; "-" is standard output.',
 )
 @click.option(
     "--serve",
     "port",
-    type=click.IntRange(0, 65535),
+    type=Whole(0, 65535),
     metavar="PORT",
     help=f"Serve them on 127.0.0.1:PORT until Ctrl-C, to who has the token. For example {PORT}.",
 )
-def metrics(output: Path | None, port: int | None) -> None:
+def metrics(output: str | None, port: int | None) -> None:
     """Print what was spent, limits and budgets as Prometheus metrics.
 
     Sums are over all that is stored, by provider, model and project. Nothing is sent anywhere:
@@ -82,18 +83,28 @@ def _rendered() -> bytes:
         return _render()
 
 
-def _write(path: Path) -> None:
+def _write(named: str) -> None:
+    from halton_meter.cli.named import file_of, stream_of
+    from halton_meter.cli.streams import names_stdout
     from halton_meter.spending.ledger import write_whole
 
     text = _rendered()
+    if names_stdout(named):
+        say(text.decode().rstrip("\n"))
+        return
+    path = file_of(named)
     try:
-        write_whole(path, [text])
-        # The collector is another user; the folder says who may read it.
-        path.chmod(0o644)
+        if (stream := stream_of(named)) is not None:
+            with stream:
+                stream.write(text)
+        else:
+            write_whole(path, [text])
+            # The collector is another user; the folder says who may read it.
+            path.chmod(0o644)
     except OSError as error:
-        fail(Problem(f"cannot write {path}: {error.strerror}", f"ls -ld {path.parent}"))
+        fail(Problem(f"cannot write {named}: {error.strerror}", look_at(error, path.parent)))
     samples = sum(not line.startswith(b"#") for line in text.splitlines())
-    say(f"{path}: {count(samples, 'sample')} written")
+    say(f"{named}: {count(samples, 'sample')} written")
 
 
 def _serve(port: int) -> None:

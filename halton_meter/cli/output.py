@@ -18,18 +18,22 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from decimal import ROUND_HALF_EVEN, Decimal
+from decimal import ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
 from typing import Any, NoReturn
 
 import click
 
 from halton_meter.cli.streams import takes_all
-from halton_meter.problem import Problem
+from halton_meter.problem import Problem, Unavailable
 
 UNKNOWN = "-"
+# In the place of a price: the request only started something (`UsageEvent.free`).
+PENDING = "pending"
+PENDING_NOTE = "priced with its answer"
 # What people read for the contract's outcomes.
 OUTCOMES = {"complete": "", "gapped": "incomplete (bytes lost)", "aborted": "interrupted"}
 BAR_CELLS = 12
+_MINUTE_NS = 60 * 10**9
 CENT = Decimal("0.01")
 GAP_CHARACTERS_MAX = 100
 LINE_CHARACTERS_MAX = 2000
@@ -39,6 +43,9 @@ _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", 
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 # Controls, marks that turn the direction of the text, and what takes no room.
 _UNPRINTABLE = re.compile("[\x7f-\x9f\xad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
+
+# A command of ours that another user is to run, so not by the PATH of who reads it.
+_AS_ANOTHER = re.compile(r"(\bsudo (?:-u \S+ )?|\bsu -c ')halton-meter\b")
 
 # What sudoers' secure_path has on Debian, Fedora and Arch.
 SUDO_FOLDERS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
@@ -62,11 +69,12 @@ def as_typed(text: str) -> str:
     """
     program = sys.argv[0] if sys.argv else ""
     folder, name = os.path.split(os.path.abspath(program))
-    if name != "halton-meter" or "sudo halton-meter" not in text:
+    if name != "halton-meter" or not _AS_ANOTHER.search(text):
         return text
     if any(os.path.exists(f"{each}/{name}") for each in SUDO_FOLDERS):
         return text
-    return text.replace("sudo halton-meter", f"sudo {shlex.quote(f'{folder}/{name}')}")
+    typed = shlex.quote(f"{folder}/{name}")
+    return _AS_ANOTHER.sub(lambda found: f"{found[1]}{typed}", text)
 
 
 def print_json(document: Any) -> None:
@@ -153,7 +161,8 @@ def plain_usage(error: click.UsageError, command: str | None = None) -> click.Us
     if isinstance(error, WrongUsage | click.exceptions.NoArgsIsHelpError):
         return error
     what = " ".join(error.format_message().split())
-    what = what.replace("is not a valid integer range.", "is not a whole number.")
+    if isinstance(error, click.NoSuchOption) and re.match(r"-\d", error.option_name):
+        what = f"{what.rstrip('.')}; amounts are written without a minus sign"
     fix = f"halton-meter {command} --help" if command and error.ctx is None else ""
     return WrongUsage(what, fix, error.ctx)
 
@@ -162,11 +171,42 @@ def plain_usage(error: click.UsageError, command: str | None = None) -> click.Us
 
 
 def shown(text: str | None, width: int = 40) -> str:
-    """A name from outside, made harmless and no wider than `width`."""
+    """A name from outside, made harmless and no wider than `width` cells of a terminal."""
     if text is None or not text:
         return UNKNOWN
     clean = text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
-    return clean if len(clean) <= width else f"{clean[: width - 1]}…"
+    return clean if cells(clean) <= width else f"{_cut(clean, width - 1)}…"
+
+
+def cells(text: str) -> int:
+    """How many cells of a terminal a printable text takes."""
+    return len(text) if text.isascii() else sum(map(_cells_of, text))
+
+
+def filled(text: str, width: int, *, right: bool = False) -> str:
+    """A text with spaces up to `width` cells."""
+    spaces = " " * (width - cells(text))
+    return spaces + text if right else text + spaces
+
+
+def _cut(text: str, width: int) -> str:
+    """The beginning that has room in `width` cells."""
+    if text.isascii():
+        return text[:width]
+    for at, character in enumerate(text):
+        width -= _cells_of(character)
+        if width < 0:
+            return text[:at]
+    return text
+
+
+def _cells_of(character: str) -> int:
+    """Two for Chinese, Japanese, Korean and emoji; none for an accent of the letter before it."""
+    import unicodedata  # only for names that are not ASCII
+
+    if unicodedata.category(character) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def name_typed(text: str) -> str:
@@ -206,13 +246,18 @@ def count_text(number: int | None) -> str:
     return f"{number / 1000:.4g}k" if abs(number) < 999_950 else "1M"
 
 
-def money_text(amount: Decimal | None, places: int = 2) -> str:
-    """Dollars rounded half to even; "unpriced" for unknown. More than nothing is never "$0.00"."""
+def money_text(amount: Decimal | None, places: int = 2, *, at_least: bool = False) -> str:
+    """Dollars rounded half to even; "unpriced" for unknown. More than nothing is never "$0.00": it
+    is "<$0.01", or, of a sum that is `at_least` so much, told to its first digit.
+    """
     if amount is None:
         return "unpriced"
     unit = Decimal(1).scaleb(-places)
     rounded = amount.quantize(unit, ROUND_HALF_EVEN)
     if not rounded and amount:
+        if at_least:
+            digit = Decimal(1).scaleb(amount.adjusted())
+            return money_text(amount.quantize(digit, ROUND_FLOOR), -amount.adjusted())
         return f"<${unit:f}" if amount > 0 else f"-<${unit:f}"
     return f"-${-rounded:,f}" if rounded < 0 else f"${rounded:,f}"
 
@@ -220,6 +265,34 @@ def money_text(amount: Decimal | None, places: int = 2) -> str:
 def cost_text(amount: Decimal | None) -> str:
     """Dollars with four decimals, below a cent with six; "unpriced" for unknown."""
     return money_text(amount, 6 if amount is not None and 0 < abs(amount) < CENT else 4)
+
+
+def sum_text(amount: Decimal | None, unpriced: int, places: int = 2) -> str:
+    """A sum in a table: "+" stands behind one from which `unpriced` requests are missing."""
+    text = money_text(amount, places, at_least=bool(unpriced))
+    return text + ("+" if unpriced and amount is not None else "")
+
+
+def sum_words(amount: Decimal | None, unpriced: int, text: str, what: str = "list price") -> str:
+    """A sum in a sentence, `text` being the amount as it is printed there: "$1.20 list price", "at
+    least $1.20 list price (4 requests unpriced)", "list price not known (4 requests unpriced)".
+    """
+    missing = f" ({count(unpriced, 'request')} unpriced)" if unpriced else ""
+    if amount is None:
+        return f"{what} not known{missing}"
+    return f"{'at least ' if unpriced else ''}{text} {what}{missing}"
+
+
+def free_note(free: str | None) -> str | None:
+    """Why a request costs nothing, in a few words; None for an error, which says so itself."""
+    return PENDING_NOTE if free == PENDING else None if free == "error" else free
+
+
+def price_text(amount: Decimal | None, free: str | None, text: str) -> str:
+    """The price of one request as `text`; of one whose price comes with a later answer, and which
+    so is nothing by itself, what it waits for.
+    """
+    return PENDING if free == PENDING and not amount else text
 
 
 def duration_text(milliseconds: float | None) -> str:
@@ -249,6 +322,18 @@ def local_time(at_ns: int, *, seconds: bool = False) -> str:
     """A time of the local zone, e.g. 2026-11-23 09:30; say the zone once beside it."""
     moment = datetime.fromtimestamp(at_ns // 1_000_000_000)
     return moment.strftime("%Y-%m-%d %H:%M:%S" if seconds else "%Y-%m-%d %H:%M")
+
+
+def span_text(from_ns: int, to_ns: int, *, short: bool = False) -> str:
+    """From when to when, of the local zone; with seconds where both are in one minute, and of one
+    second that one. `short`: the day is told once where both are of one.
+    """
+    exact = to_ns // _MINUTE_NS == from_ns // _MINUTE_NS
+    first, last = (local_time(at_ns, seconds=exact) for at_ns in (from_ns, to_ns))
+    if exact and first == last:
+        return first
+    day = first[: first.index(" ") + 1]
+    return f"{first} to {last.removeprefix(day) if short else last}"
 
 
 def zone_text(*at_ns: int) -> str:
@@ -297,11 +382,37 @@ def sparkline(values: Sequence[Decimal | None]) -> str:
     return "".join(_STEPS[min(7, int(value / largest * 8))] if value else "·" for value in values)
 
 
+def problems_of(error: Exception) -> tuple[Problem, ...]:
+    """What an error that came up to the command line says to people: the problems that it has, or
+    the file that the system refused. None for all others: those are faults of ours.
+    """
+    from halton_meter.config import ConfigError
+
+    if isinstance(error, ConfigError | Unavailable):
+        return error.problems
+    if not isinstance(error, OSError) or not error.filename:
+        return ()
+    path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    if not path:
+        return ()
+    fix = look_at(error, os.path.dirname(os.path.abspath(path)))
+    return (Problem(f"{path}: {error.strerror or type(error).__name__}", fix),)
+
+
 def unwritten(path: object, error: OSError, folder: object) -> Problem:
     """A file that could not be written, and where to look for why."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    look = f"df -h {folder}" if full else f"ls -ld {folder}"
-    return Problem(f"{path} cannot be written: {error.strerror or error}", look)
+    what = f"{path} cannot be written: {error.strerror or error}"
+    return Problem(what, look_at(error, folder))
+
+
+def look_at(error: OSError, folder: object, otherwise: str | None = None) -> str:
+    """The command that shows why the system refused to write in a folder: the disk, or else who
+    may, or `otherwise`.
+    """
+    quoted = shlex.quote(str(folder))
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"df -h {quoted}"
+    return otherwise or f"ls -ld {quoted}"
 
 
 def columns() -> int:
@@ -335,11 +446,11 @@ def aligned_line(
     """Cells in columns of fixed width (True: right-aligned), cut to them; those beyond follow."""
     left = iter(cells)
     fitted = [
-        f"{shown(cell, width):>{width}}" if right else f"{shown(cell, width):<{width}}"
+        filled(shown(cell, width), width, right=right)
         for (width, right), cell in zip(widths, left, strict=False)
     ]
     return between.join([*fitted, *left]).rstrip()
 
 
 def _width(text: str) -> int:
-    return len(_ESCAPE.sub("", text))
+    return cells(_ESCAPE.sub("", text))

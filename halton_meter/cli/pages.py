@@ -103,7 +103,7 @@ def _value(option: click.Option) -> str:
         return option.metavar
     if isinstance(option.type, click.Choice):
         return "|".join(option.type.choices)
-    return {"integer range": "N", "path": "PATH"}.get(option.type.name, option.type.name.upper())
+    return option.type.name.upper()
 
 
 def _parts(text: str | None) -> Iterator[tuple[str, bool]]:

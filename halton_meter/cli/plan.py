@@ -24,7 +24,9 @@ from halton_meter.cli.output import (
     say,
     shown,
     styled,
+    sum_words,
     write_json_lines,
+    wrong_usage,
 )
 from halton_meter.cli.selection import moment, now_ns, store_problems
 from halton_meter.contract import rfc3339
@@ -48,6 +50,7 @@ NOTHING_SEEN = (
     "No limits seen: no response in the last 31 days named one. Meter a client of a plan or with "
     "an API key: sudo halton-meter start"
 )
+NO_ACCOUNT = "No account matches. All that are known: halton-meter plan"
 USERS_SHOWN = 5
 RATES_SHOWN = 12
 HISTORY_SINCE = "24h"
@@ -92,6 +95,8 @@ def plan(
     rounding to 1 % leaves one; the estimate in it goes by list price. Use of the account elsewhere
     shows as such where no metered request explains it.
     """
+    if since is not None and not history:
+        wrong_usage("--since needs --history", f"halton-meter plan --history --since {since}")
     at_ns = now_ns() if at is None else moment("--at", at, now_ns())
     store = Store(home_folder())
     if history:
@@ -101,11 +106,12 @@ def plan(
     with store_problems():
         found = ask(store, at_ns)
     accounts = tuple(each for each in found.accounts if _is_asked(each, provider, account))
+    seen = bool(found.accounts)
     found = Plan(found.at_ns, accounts)
     if as_json:
         print_json(found.json())
     elif not accounts:
-        say(NOTHING_SEEN)
+        say(NO_ACCOUNT if seen else NOTHING_SEEN)
     else:
         say("\n\n".join("\n".join(_account_lines(each, at_ns)) for each in accounts))
 
@@ -155,9 +161,9 @@ def _overage_lines(account: Account, at_ns: int) -> Iterator[str]:
     windows = account.of(LimitKind.OVERAGE)
     since = account.overage_from_ns
     if since is not None and (windows or account.overage_usd):
-        parts = [
-            f"{money_text(account.overage_usd)} billed beyond the plan since {clock(since, at_ns)}"
-        ]
+        usd, unpriced = account.overage_usd, account.overage_unpriced
+        what = f"billed beyond the plan since {clock(since, at_ns)}"
+        parts = [sum_words(usd, unpriced, money_text(usd, at_least=unpriced > 0), what)]
         for window in windows:
             reading = window.reading
             if window.used is not None:
@@ -268,7 +274,9 @@ def _history(
     if as_json:
         return
     if not rows:
-        say("No readings in that time. Widen it: halton-meter plan --history --since 30d")
+        filtered = provider is not None or account is not None
+        what = "No readings match" if filtered else "No readings in that time"
+        say(f"{what}. All of a year: halton-meter plan --history --since 365d")
         return
     heads = ("TIME", "PROVIDER", "ACCOUNT", "WINDOW", "USED", "LEFT", "RESETS", "STATUS")
     click.echo(aligned(heads, rows, ("USED", "LEFT")))

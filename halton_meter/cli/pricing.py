@@ -7,6 +7,7 @@ stderr); 2 wrong usage.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,21 +18,25 @@ import click
 from halton_meter.accounts import home_folder
 from halton_meter.cli.book import open_book, rate_text
 from halton_meter.cli.configured import Configured
+from halton_meter.cli.named import file_name
 from halton_meter.cli.output import (
+    PENDING,
+    PENDING_NOTE,
     count,
     fail,
     harmless,
     local_time,
     name_typed,
-    note,
     print_json,
     say,
+    shown,
     zone_text,
 )
 from halton_meter.cli.pricing_changes import described, refresh, reset, set_
 from halton_meter.cli.selection import moment, now_ns
 from halton_meter.cli.unpriced import Reason, reason_of, reasons_of
 from halton_meter.problem import Problem
+from halton_meter.providers.reading.values import COUNT_MAX
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -42,6 +47,10 @@ if TYPE_CHECKING:
 
 _STDIN = "-"
 _UNPRICED_SHOWN = 50
+# Of a response that is to be explained: the audio and pictures of the largest are some MB.
+BODY_BYTES_MAX = 64 << 20
+# Of a usage object that holds nonsense.
+RAW_CHARACTERS_MAX = 400
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,7 +77,7 @@ _AT = "Price as at this time: 2026-11-23, 2026-11-23T09:30 (local time), 2026-11
 
 
 @pricing.command(cls=Configured, short_help="Show how a price is computed, line by line.")
-@click.argument("what", metavar="EVENT_ID|FILE|-")
+@click.argument("what", type=file_name, metavar="EVENT_ID|FILE|-")
 @click.option("--provider", metavar="NAME", help="The provider, where the body does not show it.")
 @click.option("--model", metavar="NAME", help="The model, where the body names none.")
 @click.option("--at", "at", metavar="TIME", help=f"{_AT} Default: what the body states, else now.")
@@ -105,11 +114,24 @@ def explain(
         for usage in _events_in(what, provider, model, at_ns):
             show_priced(book.price(usage), as_json)
         return
+    if Path(what).exists():
+        fail(not_a_file(Path(what), "pricing explain"))
     event, earlier = stored_event(name_typed(what))
     show_priced(event, as_json)
     for list_usd, basis, price_book in [] if as_json else earlier:
         how = "unpriced" if list_usd is None else f"list price ${list_usd:f}, {_BASIS[basis]}"
         say(f"  before it was repriced: {how}, price book {price_book}")
+
+
+def not_a_file(path: Path, command: str) -> Problem:
+    """What stands there in the place of a file that a command could read."""
+    if path.is_dir():
+        return Problem(
+            f"{path} is a folder, not a file", f"name a file in it: ls {shlex.quote(str(path))}"
+        )
+    kind = "a pipe" if path.is_fifo() else "a socket" if path.is_socket() else "a device"
+    fix = f"halton-meter {command} -   (it reads standard input)"
+    return Problem(f"{path} is {kind}, not a file", fix)
 
 
 def _events_in(
@@ -118,16 +140,23 @@ def _events_in(
     from halton_meter.config import load as load_config
     from halton_meter.explain.reader import NotExplained, events_of, stated_time
 
+    name = "standard input" if what == _STDIN else what
     try:
-        raw = sys.stdin.buffer.read() if what == _STDIN else Path(what).read_bytes()
+        if what == _STDIN:
+            raw = sys.stdin.buffer.read(BODY_BYTES_MAX + 1)
+        else:
+            with open(what, "rb") as file:
+                raw = file.read(BODY_BYTES_MAX + 1)
     except OSError as error:
-        fail(Problem(f"{what}: {error.strerror}", f"ls -l {what}"))
+        fail(Problem(f"{what}: {error.strerror}", f"ls -l {shlex.quote(what)}"))
+    if len(raw) > BODY_BYTES_MAX:
+        large = f"{name} is larger than {BODY_BYTES_MAX >> 20} MB, as no provider's answer is"
+        fail(Problem(large, "give it one response body"))
     try:
         if at_ns is None:
             at_ns = _stated_ns(stated_time(raw)) or now_ns()
         return events_of(raw, provider, at_ns, model, load_config(home_folder()).extra_hosts)
     except NotExplained as error:
-        name = "standard input" if what == _STDIN else what
         fail(Problem(f"{name}: {error}", "halton-meter pricing explain --help"))
 
 
@@ -145,7 +174,7 @@ def _stated_ns(text: str | None) -> int | None:
 
 def stored_event(event_id: str) -> tuple[PricedEvent, list[tuple[Decimal | None, str, str | None]]]:
     """The stored event with the price that is stored, and the prices that it had before."""
-    from halton_meter.store import Selection, Store, StoreError
+    from halton_meter.store import NothingStored, Selection, Store, StoreError
 
     try:
         with Store(home_folder()).reading() as reader:
@@ -155,8 +184,10 @@ def stored_event(event_id: str) -> tuple[PricedEvent, list[tuple[Decimal | None,
                     if event.usage.id == event_id:
                         earlier = reader.superseded(event_id)
                         return event, [(usd, how, book) for _, usd, how, book in earlier]
+    except NothingStored as nothing:
+        fail(Problem(f"{event_id}: no such file, and no stored event: {nothing}", ""))
     except StoreError as error:
-        fail(Problem(f"{event_id}: no such file, and no stored event: {error}", ""))
+        fail(Problem(f"{event_id}: no such file; stored events cannot be read: {error}", ""))
     fail(Problem(f"{event_id}: no such file or stored event", "halton-meter events --json"))
 
 
@@ -170,7 +201,7 @@ def show_priced(event: PricedEvent, as_json: bool) -> None:
     if as_json:
         print_json(document)
     else:
-        for line in _explained(document, usage.at_ns):
+        for line in _explained(document, usage):
             click.echo(harmless(line))
         for reason in reasons:
             click.echo(harmless(f"  {reason.words(usage.model)}"))
@@ -179,8 +210,9 @@ def show_priced(event: PricedEvent, as_json: bool) -> None:
             click.echo(harmless(f"  set a price: {command}"), err=True)
 
 
-def _explained(document: dict[str, Any], at_ns: int) -> Iterator[str]:
+def _explained(document: dict[str, Any], usage: UsageEvent) -> Iterator[str]:
     """The lines of an explained event, for people."""
+    at_ns = usage.at_ns
     at = f"{local_time(at_ns, seconds=True)} {zone_text(at_ns)}"
     yield f"{document['provider']} {document['model'] or 'unknown model'}  {at}"
     if asked := _asked(document):
@@ -191,11 +223,13 @@ def _explained(document: dict[str, Any], at_ns: int) -> Iterator[str]:
         yield f"  served under {', '.join(served)}"
     if (stated := document["implausible"]) is not None:
         yield "  unpriced, and in no sum: the answer states amounts that no request can have"
-        yield from _stated_lines(stated)
+        yield from _stated_lines(stated, "bad_usage" in document["flags"], usage.raw_usage)
     elif document["list_usd"] is None:
         yield f"  unpriced, price book {document['price_book']}"
     else:
         how = _BASIS[document["basis"]]
+        if PENDING in document["flags"] and document["list_usd"] == "0":
+            how = f"{PENDING}, {PENDING_NOTE}"
         yield f"  list price ${document['list_usd']}, {how}, price book {document['price_book']}"
     if document["marginal_usd"] != document["list_usd"]:
         plan = document["conditions"].get("plan")
@@ -229,9 +263,19 @@ def _asked(document: dict[str, Any]) -> list[str]:
     return known if client or len(known) > 1 else []
 
 
-def _stated_lines(stated: dict[str, Any]) -> Iterator[str]:
-    for name, amount in {**stated["tokens"], **stated["units"]}.items():
-        yield f"  stated: {name.replace('_', ' ')} {amount}"
+def _stated_lines(stated: dict[str, Any], is_bad: bool, raw: str | None) -> Iterator[str]:
+    """`is_bad`: a count of it is none, so that a zero is the lack of one; `raw`: as it was sent."""
+    from decimal import Decimal
+
+    amounts = {**stated["tokens"], **stated["units"]}
+    beyond = {name for name, amount in amounts.items() if Decimal(amount) >= COUNT_MAX}
+    for name, amount in amounts.items():
+        if name in beyond:
+            yield f"  stated: {name.replace('_', ' ')}: an impossible amount"
+        elif not (is_bad and amount == "0"):
+            yield f"  stated: {name.replace('_', ' ')} {amount}"
+    if raw is not None and (beyond or is_bad):
+        yield f"  as the answer has it: {shown(' '.join(raw.split()), RAW_CHARACTERS_MAX)}"
     if stated["reported_usd"] is not None:
         yield f"  stated: cost ${stated['reported_usd']}"
 
@@ -405,7 +449,7 @@ def status(as_json: bool) -> None:
 def _status() -> tuple[dict[str, Any], list[Reason]]:
     """The status as printed by --json, and the reason of each of its unpriced models."""
     book = open_book()
-    unpriced = _unpriced_models()
+    unpriced, trouble = _unpriced_models()
     document = {
         "price_book": book.version,
         "refreshed": (home_folder() / "prices").is_dir(),
@@ -413,6 +457,7 @@ def _status() -> tuple[dict[str, Any], list[Reason]]:
         "unconfirmed": sum(1 for _ in book.unconfirmed()),
         "overrides": [described(override) for override in book.overrides],
         "stored": unpriced is not None,
+        "trouble": trouble,
         "unpriced": [
             {
                 "provider": provider,
@@ -441,7 +486,9 @@ def _status_lines(document: dict[str, Any], reasons: list[Reason]) -> Iterator[s
         "halton-meter pricing list --unconfirmed"
     )
     yield from (f"Override: {line}" for line in document["overrides"])
-    if not document["stored"]:
+    if document["trouble"]:
+        yield f"Whether each stored request has a price is not known: {document['trouble']}"
+    elif not document["stored"]:
         yield "No requests are stored yet"
     elif not document["unpriced"]:
         yield "Every model in the stored requests has a price"
@@ -455,10 +502,9 @@ def _status_lines(document: dict[str, Any], reasons: list[Reason]) -> Iterator[s
         yield "After setting prices: halton-meter reprice --dry-run"
 
 
-def _unpriced_models() -> list[tuple[str, str, Reason, int]] | None:
-    """Provider, model, reason and number of requests of stored events without a price.
-
-    None where nothing is stored.
+def _unpriced_models() -> tuple[list[tuple[str, str, Reason, int]] | None, str | None]:
+    """Provider, model, reason and number of requests of stored events without a price, None where
+    nothing is stored; and why they cannot be read, if so.
     """
     from halton_meter.store import NothingStored, Store, StoreError
 
@@ -474,11 +520,11 @@ def _unpriced_models() -> list[tuple[str, str, Reason, int]] | None:
                 [_UNPRICED_SHOWN],
             )
     except NothingStored:
-        return None
+        return None, None
     except StoreError as error:
-        note(f"unpriced models are not shown: {error}")
-        return []
-    return [
+        return [], str(error)
+    found = [
         (str(provider), str(model), reason_of(str(flag)) or Reason("usage"), int(requests))
         for provider, model, flag, requests in rows
     ]
+    return found, None

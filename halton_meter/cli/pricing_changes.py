@@ -15,7 +15,17 @@ import click
 from halton_meter.accounts import home_folder
 from halton_meter.cli.book import open_book, rate_text
 from halton_meter.cli.configured import Configured
-from halton_meter.cli.output import count, fail, name_typed, print_json, say, wrong_usage
+from halton_meter.cli.named import FilePath
+from halton_meter.cli.output import (
+    count,
+    fail,
+    look_at,
+    name_typed,
+    print_json,
+    say,
+    unwritten,
+    wrong_usage,
+)
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
@@ -120,7 +130,7 @@ def set_(
     except PriceError as error:
         wrong_usage(str(error))
     except OSError as error:
-        fail(Problem(f"{home_folder()}: {error.strerror}", f"ls -ld {home_folder()}"))
+        fail(unwritten(home / file.FILE_NAME, error, home))
     say(f"Set {described(override)} in {path}")
     for replaced in (each for each in earlier if each not in kept):
         say(f"It replaces {described(replaced)}")
@@ -192,7 +202,7 @@ def reset(model: str | None, provider: str | None, everything: bool) -> None:
 @click.option(
     "--file",
     "path",
-    type=click.Path(path_type=Path),
+    type=FilePath(path_type=Path),
     help='A price bundle on this machine; "-" is standard input.',
 )
 @click.option(
@@ -231,7 +241,8 @@ def refresh(
         fail(Problem(str(error), "use another bundle; nothing was changed"))
     except OSError as error:
         where = path or url or home_folder()
-        fail(Problem(f"{where}: {error.strerror or error}", "halton-meter pricing refresh --help"))
+        fix = look_at(error, home_folder(), "halton-meter pricing refresh --help")
+        fail(Problem(f"{where}: {error.strerror or error}", fix))
 
 
 def _undo(as_json: bool) -> None:
@@ -252,7 +263,8 @@ def _bundle(path: Path | None, url: str | None) -> bytes:
     assert path is not None
     if str(path) == "-":
         return sys.stdin.buffer.read(bundle.BUNDLE_BYTES_MAX + 1)
-    return path.read_bytes()
+    with path.open("rb") as file:
+        return file.read(bundle.BUNDLE_BYTES_MAX + 1)
 
 
 def _install(raw: bytes, sha256: str | None, dry_run: bool, as_json: bool) -> None:

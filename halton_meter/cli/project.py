@@ -29,14 +29,19 @@ from halton_meter.cli.output import (
     print_json,
     say,
     shown,
+    span_text,
     styled,
+    sum_text,
+    sum_words,
     wrong_usage,
     zone_text,
 )
 from halton_meter.cli.selection import now_ns, store_problems
 from halton_meter.contract import rfc3339, usd_text
+from halton_meter.model import NO_PROJECT
 from halton_meter.project_rules import KINDS, ProjectRule, not_a_name, tilde
 from halton_meter.store import NothingStored, Selection, Store
+from halton_meter.store.schema import DAY_SUMS
 
 SHOWN_MAX = 10  # of folders, programs and branches
 EXAMPLES = """
@@ -80,7 +85,13 @@ def list_(as_json: bool) -> None:
     rows = _summed(home)
     listed = [(row, rules.get(row["project"] or "")) for row in rows]
     known = {row["project"] for row in rows}
-    empty = {"requests": 0, "list_usd": None, "first_ns": None, "last_ns": None}
+    empty = {
+        "requests": 0,
+        "list_usd": None,
+        "unpriced_requests": 0,
+        "first_ns": None,
+        "last_ns": None,
+    }
     listed += [({"project": n, **empty}, rule) for n, rule in rules.items() if n not in known]
     if as_json:
         print_json({"projects": [_as_json(row, rule) for row, rule in listed]})
@@ -93,7 +104,7 @@ def list_(as_json: bool) -> None:
         [
             shown(row["project"]),
             count_text(row["requests"]),
-            money_text(row["list_usd"]) if row["requests"] else "-",
+            sum_text(row["list_usd"], row["unpriced_requests"]) if row["requests"] else "-",
             local_time(row["last_ns"]) if row["last_ns"] else "-",
             _rules_text(rule),
         ]
@@ -115,6 +126,7 @@ def _summed(home: Path, project: str | None = None) -> list[dict[str, Any]]:
             "project": group.key,
             "requests": group.figures.requests,
             "list_usd": group.figures.list_usd,
+            "unpriced_requests": group.figures.unpriced_requests,
             **dict(zip(("first_ns", "last_ns"), used.get(group.key, (None, None)), strict=True)),
         }
         for group in answer.groups
@@ -138,6 +150,7 @@ def _as_json(row: Mapping[str, Any], rule: ProjectRule | None) -> dict[str, Any]
         "project": row["project"],
         "requests": row["requests"],
         "list_usd": usd_text(cost),
+        "unpriced_requests": row["unpriced_requests"],
         **{name: rfc3339(at) if at is not None else None for name, at in times.items()},
         "rules": None if rule is None else {kind: [*getattr(rule, kind)] for kind in KINDS},
     }
@@ -167,11 +180,17 @@ Examples:
 @click.argument("name", type=name_typed, metavar="PROJECT")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(name: str, as_json: bool) -> None:
-    """Show one project: cost, folders, programs, branches, and its rules."""
+    """Show one project: cost, folders, programs, branches, and its rules.
+
+    "-" stands for the requests without a project.
+    """
     home = home_folder()
     rules = configuration.read(home).config.projects
     rule = next((each for each in rules if each.project == name), None)
     row = next(iter(_summed(home, name)), None)
+    if row is None and name == NO_PROJECT:
+        say("Every stored request has a project.")
+        return
     if row is None and rule is None:
         wrong_usage(
             f"there is no project {name!r}{_meant(name, home)}", "halton-meter project list"
@@ -179,29 +198,42 @@ def show(name: str, as_json: bool) -> None:
     row = row or dict.fromkeys(("list_usd", "first_ns", "last_ns")) | {
         "project": name,
         "requests": 0,
+        "unpriced_requests": 0,
     }
+    name = row["project"] or name
     parts = _parts(home, name) if row["requests"] else {}
     if as_json:
         listed = {
             kind: [
-                {"value": value, "requests": n, "list_usd": usd_text(usd)} for value, n, usd in of
+                {
+                    "value": value,
+                    "requests": n,
+                    "list_usd": usd_text(usd),
+                    "unpriced_requests": unpriced,
+                }
+                for value, n, usd, unpriced in of
             ]
             for kind, of in parts.items()
         }
         print_json({**_as_json(row, rule), **listed})
         return
-    cost = f", {money_text(row['list_usd'])}" if row["requests"] else ""
-    say(f"{styled(shown(name), 'bold')}  {count(row['requests'], 'request')}{cost}")
+    usd, unpriced = row["list_usd"], row["unpriced_requests"]
+    price = money_text(usd, at_least=unpriced > 0)
+    cost = f", {sum_words(usd, unpriced, price)}" if row["requests"] else ""
+    title = "no project" if name == NO_PROJECT else shown(name)
+    say(f"{styled(title, 'bold')}  {count(row['requests'], 'request')}{cost}")
     if row["first_ns"] is not None:
         first, last = row["first_ns"], row["last_ns"]
-        say(f"{local_time(first)} to {local_time(last)} {zone_text(first, last)}")
+        say(f"{span_text(first, last)} {zone_text(first, last)}")
     for kind, of in parts.items():
         say(f"\n{kind.capitalize()}:")
         cells = [
-            [shown(tilde(value), 60), count_text(requests), money_text(usd)]
-            for value, requests, usd in of[:SHOWN_MAX]
+            [shown(tilde(value), 60), count_text(requests), sum_text(usd, unpriced)]
+            for value, requests, usd, unpriced in of[:SHOWN_MAX]
         ]
         say("\n".join(f"  {line}" for line in aligned(["", "", ""], cells, {""}).split("\n")[1:]))
+    if name == NO_PROJECT:
+        return
     say("\nRules:")
     lines = (
         []
@@ -215,18 +247,23 @@ def show(name: str, as_json: bool) -> None:
     say("\n".join(lines) or "  none; set some: halton-meter project set --help")
 
 
-def _parts(home: Path, name: str) -> dict[str, list[tuple[str, int, Decimal | None]]]:
+_Part = tuple[str, int, Decimal | None, int]
+
+
+def _parts(home: Path, name: str) -> dict[str, list[_Part]]:
     columns = {"folders": "cwd", "programs": "process", "branches": "git_branch"}
-    found = {}
+    found: dict[str, list[_Part]] = {}
+    unpriced = DAY_SUMS["unpriced_requests"]
     with store_problems(), Store(home).reading() as reader:
         for kind, column in columns.items():
             rows = reader.rows(
-                f"SELECT {column}, count(*), sum(list_usd) FROM event WHERE project = ? "  # noqa: S608
-                f"AND {column} IS NOT NULL GROUP BY 1 ORDER BY 3 DESC NULLS LAST, 2 DESC, 1",
+                f"SELECT {column}, count(*), sum(list_usd), {unpriced} FROM event "  # noqa: S608
+                f"WHERE coalesce(project, '-') = ? AND {column} IS NOT NULL GROUP BY 1 "
+                "ORDER BY 3 DESC NULLS LAST, 2 DESC, 1",
                 [name],
             )
             if rows:
-                found[kind] = [(str(value), int(n), usd) for value, n, usd in rows]
+                found[kind] = [(str(value), int(n), usd, int(no)) for value, n, usd, no in rows]
     return found
 
 
@@ -362,7 +399,11 @@ def alias(old: str, new: str, removes: bool) -> None:
     def apply(document: Any) -> None:
         _change_list(document, (new, "aliases"), (old,), removes)
 
-    _done(config_file.change(home_folder(), apply), new)
+    changed = config_file.change(home_folder(), apply)
+    if removes and not changed.differs:
+        say(f"{old!r} is no alias of {new!r}, in {changed.path}")
+        return
+    _done(changed, new)
 
 
 @project.command(

@@ -22,6 +22,8 @@ from halton_meter.cli.output import (
     print_json,
     say,
     shown,
+    span_text,
+    sum_words,
     zone_text,
 )
 from halton_meter.cli.selection import moment, now_ns, store_problems
@@ -97,12 +99,13 @@ def _show(found: Older, before_ns: int) -> None:
         return
     assert found.first_ns is not None
     assert found.last_ns is not None
-    first, last = local_time(found.first_ns), local_time(found.last_ns)
-    say(f"{count(found.events, 'request')} before {until}: {money_text(found.list_usd)}")
-    say(f"  from {first} to {last}")
+    price = money_text(found.list_usd, at_least=found.unpriced > 0)
+    cost = sum_words(found.list_usd, found.unpriced, price)
+    say(f"{count(found.events, 'request')} before {until}: {cost}")
+    say(f"  from {span_text(found.first_ns, found.last_ns)}")
     projects = [f"{shown(name)} {events:,}" for name, events in found.projects]
     say(f"  projects: {', '.join(projects)}")
-    say(f"  {count(found.kept, 'request')} stay.")
+    say(f"  {count(found.kept, 'request stays', 'requests stay')}.")
 
 
 def _ask(found: Older, before: str) -> None:
@@ -123,6 +126,7 @@ def _as_json(before_ns: int, found: Older, done: Purged | None) -> dict[str, obj
         "deleted": done is not None,
         "requests": found.events if done is None else done.events,
         "list_usd": usd_text(found.list_usd),
+        "unpriced_requests": found.unpriced,
         "kept": found.kept,
         "bytes_before": None if done is None else done.bytes_before,
         "bytes_after": None if done is None else done.bytes_after,

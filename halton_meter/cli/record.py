@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from halton_meter.cli.output import count, fail, note, wrong_usage
+from halton_meter.cli.named import FilePath
+from halton_meter.cli.output import count, fail, look_at, note, wrong_usage
 from halton_meter.cli.run import summary_lines, through_key_log, through_own_probes, through_proxy
 from halton_meter.live.result import NO_LIMIT, Recorded
 from halton_meter.problem import Problem
@@ -59,7 +60,7 @@ EXAMPLES = """
     is_flag=True,
     help="Keep no text and no credential: a file for a bug report, as `redact` makes it.",
 )
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=FilePath(path_type=Path))
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def record(
     *, file: Path, command: tuple[str, ...], via: str, quiet: bool, redacted: bool
@@ -89,12 +90,13 @@ def record(
         if redacted:
             result, lines = _redacted(command, file, via)
         else:
-            result = _recorded(command, via, file, lambda: file)
+            result = _recorded(command, via, file, lambda: file, _as_root(file, via))
             lines = _recorded_lines(result, file, via)
     except FileExistsError:
         fail(Problem(f"{file} exists already", "name a new file"))
     except OSError as error:
-        fail(Problem(f"{file} cannot be written: {error.strerror or error}", "name another file"))
+        what = f"{file} cannot be written: {error.strerror or error}"
+        fail(Problem(what, look_at(error, file.parent, "name another file")))
     except (Unavailable, ConfigError) as error:
         fail(*error.problems)
     if not quiet:
@@ -103,11 +105,14 @@ def record(
 
 
 def _recorded(
-    command: tuple[str, ...], via: str, file: Path, place: Callable[[], Path]
+    command: tuple[str, ...], via: str, file: Path, place: Callable[[], Path], fix: str
 ) -> RunResult:
-    """Run the command; the recording is in `place()`, asked as the user, on its way to `file`."""
+    """Run the command; the recording is in `place()`, asked as the user, on its way to `file`.
+
+    `fix` is the call that has the right to.
+    """
     if via == "keylog":
-        return _of_packets(command, place)
+        return _of_packets(command, place, fix)
     from halton_meter.accounts import invoking_account
     from halton_meter.live import kept_plaintext
     from halton_meter.privileges import as_account, settle
@@ -121,14 +126,25 @@ def _recorded(
         if via == "proxy":
             result = through_proxy(command, NO_LIMIT, record_fd=kept.fileno())
         else:
-            result = through_own_probes(command, kept.fileno())
+            result = through_own_probes(command, kept.fileno(), fix)
         found = kept_plaintext.read(kept.fileno())
     size = kept_plaintext.write(found.items, place()) if found.items else (0, 0)
     result.recorded = Recorded(*size, found.error)
     return result
 
 
-def _of_packets(command: tuple[str, ...], place: Callable[[], Path]) -> RunResult:
+def _as_root(file: Path, via: str, redacted: bool = False) -> str:
+    """The same call, with the right to see packets or to attach probes."""
+    named = f"{shlex.quote(str(file))}{' --redact' * redacted}"
+    if via == "keylog":
+        return f"sudo halton-meter record {named} -- CMD"
+    return (
+        f"sudo halton-meter record {named} --via uprobes -- CMD\n"
+        f"or: halton-meter record {named} --via proxy -- CMD"
+    )
+
+
+def _of_packets(command: tuple[str, ...], place: Callable[[], Path], fix: str) -> RunResult:
     """By the key log. A file that nothing was recorded in goes again."""
     places: list[Path] = []
 
@@ -136,7 +152,7 @@ def _of_packets(command: tuple[str, ...], place: Callable[[], Path]) -> RunResul
         places.append(place())
         return places[0]
 
-    result = through_key_log(command, placed)
+    result = through_key_log(command, placed, fix)
     if result.recorded == Recorded(0, 0, None):
         with contextlib.suppress(OSError):
             places[0].unlink()
@@ -145,8 +161,13 @@ def _of_packets(command: tuple[str, ...], place: Callable[[], Path]) -> RunResul
 
 def _refusal(file: Path) -> str | None:
     """Why the file will not be made; before the command runs, not when it has ended."""
-    if os.path.lexists(file):
-        return EXISTS
+    try:
+        if file.lstat():
+            return EXISTS
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # too long a name, a folder that may not be entered
+        return error.strerror or type(error).__name__
     if not file.parent.is_dir():
         return f"{file.parent} is no folder"
     return None if os.access(file.parent, os.W_OK) else f"{file.parent} is not yours to write in"
@@ -157,16 +178,23 @@ def _recorded_lines(result: RunResult, file: Path, via: str) -> list[str]:
     if done is None:
         return []
     if not done.connections and not done.error:
+        nothing = f"  nothing was recorded, so there is no {file}"
+        if _made_none(result):
+            return [f"{nothing}: the command made no connection to a provider"]
         other = "uprobes" if via == "keylog" else "keylog"
-        return [
-            f"  nothing was recorded, so there is no {file}",
-            f"  Use: halton-meter record {shlex.quote(str(file))} --via {other} -- CMD",
-        ]
+        named = shlex.quote(str(file))
+        return [nothing, f"  Use: sudo halton-meter record {named} --via {other} -- CMD"]
     holds = "prompts and answers" if via == "proxy" else "prompts and credentials"
     what = f"{count(done.connections, 'connection')}, {count(done.packets, 'packet')}"
     lines = [f"  recorded: {what} in {file}; it holds {holds}", *_not_whole(result)]
     lines.append(f"  Use: halton-meter replay {shlex.quote(str(file))}")
     return lines
+
+
+def _made_none(result: RunResult) -> bool:
+    """Whether no connection to a provider was seen, metered or not."""
+    seen = result.connections
+    return seen is not None and seen.is_known is not False and not seen.parts
 
 
 def _redacted(command: tuple[str, ...], file: Path, via: str) -> tuple[RunResult, list[str]]:
@@ -178,17 +206,18 @@ def _redacted(command: tuple[str, ...], file: Path, via: str) -> tuple[RunResult
     with contextlib.ExitStack() as stack:
 
         def place() -> Path:
-            if file.exists():
-                raise FileExistsError(file)
+            if refused := _refusal(file):
+                raise FileExistsError(file) if refused == EXISTS else OSError(0, refused)
             folder = stack.enter_context(private_folder(RECORDING))
             places.append(folder / "recorded.pcapng")
             return places[0]
 
-        result = _recorded(command, via, file, place)
+        result = _recorded(command, via, file, place, _as_root(file, via, redacted=True))
         if result.recorded is not None and not result.recorded.connections:
-            return result, ["  nothing was recorded, so there is nothing to redact"]
+            why = ": the command made no connection to a provider" if _made_none(result) else ""
+            return result, [f"  nothing was recorded, so there is nothing to redact{why}"]
         try:
-            done = made(places[0], file)
+            done = made(places[0], file, is_ours=True)
         except SystemExit:  # no file; what the command spent is told all the same
             note("\n".join(summary_lines(result)))
             raise

@@ -15,7 +15,9 @@ import click
 
 from halton_meter.cli.book import open_book
 from halton_meter.cli.configured import Configured
-from halton_meter.cli.output import count, fail, print_json, say
+from halton_meter.cli.named import FilePath
+from halton_meter.cli.output import count, fail, look_at, print_json, say, sum_words
+from halton_meter.cli.signalled import ended_in_order
 from halton_meter.contract import usd_text
 from halton_meter.problem import Problem
 
@@ -28,14 +30,12 @@ HOSTS_SHOWN = 8
 
 
 @click.command(cls=Configured)
-@click.argument(
-    "source", metavar="IN", type=click.Path(exists=True, dir_okay=False, path_type=Path)
-)
-@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("source", metavar="IN", type=FilePath(exists=True, dir_okay=False, path_type=Path))
+@click.argument("target", metavar="OUT", type=FilePath(path_type=Path))
 @click.option(
     "--keys",
     multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FilePath(exists=True, dir_okay=False, path_type=Path),
     help="TLS key log (SSLKEYLOGFILE); may be given again. Not needed for a pcapng with secrets.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -54,7 +54,8 @@ def redact(*, source: Path, target: Path, keys: tuple[Path, ...], as_json: bool)
       halton-meter redact capture.pcapng for-the-report.pcapng
       halton-meter redact capture.pcapng redacted.pcapng --keys sslkeys.log
     """
-    done = made(source, target, keys)
+    with ended_in_order():
+        done = made(source, target, keys)
     if as_json:
         print_json(document(done, target))
         return
@@ -62,8 +63,13 @@ def redact(*, source: Path, target: Path, keys: tuple[Path, ...], as_json: bool)
         say(line)
 
 
-def made(source: Path, target: Path, keys: Sequence[Path] = ()) -> Redacted:
-    """The redacted copy of a capture; an end with code 1 where none can be made."""
+def made(
+    source: Path, target: Path, keys: Sequence[Path] = (), *, is_ours: bool = False
+) -> Redacted:
+    """The redacted copy of a capture; an end with code 1 where none can be made.
+
+    `is_ours`: nobody will find the capture once this has ended.
+    """
     from capture.packets.tshark import TsharkMissing
     from halton_meter.accounts import home_folder
     from halton_meter.config import load
@@ -73,9 +79,11 @@ def made(source: Path, target: Path, keys: Sequence[Path] = ()) -> Redacted:
         hosts = load(home_folder()).extra_hosts
         return redact(source, target, open_book().price, keys, hosts)
     except NotRedacted as error:
+        name = "the recording" if is_ours else source
+        fix = f"halton-meter record {shlex.quote(str(target))} -- CMD   (keeps all; then: inspect)"
         fail(
-            *(Problem(f"{source}: not redacted: {reason}", "") for reason in error.reasons[:-1]),
-            Problem(f"{source}: not redacted: {error.reasons[-1]}", _fix(source)),
+            *(Problem(f"{name}: not redacted: {reason}", "") for reason in error.reasons[:-1]),
+            Problem(f"{name}: not redacted: {error.reasons[-1]}", fix if is_ours else _fix(source)),
         )
     except TsharkMissing as error:
         fail(Problem(str(error), ""))
@@ -83,7 +91,7 @@ def made(source: Path, target: Path, keys: Sequence[Path] = ()) -> Redacted:
         fail(Problem(f"{target} exists already", "name a new file"))
     except OSError as error:
         what = f"{target} cannot be written: {error.strerror or error}"
-        fail(Problem(what, "name a file in a folder of yours"))
+        fail(Problem(what, look_at(error, target.parent, "name a file in a folder of yours")))
 
 
 def _fix(source: Path) -> str:
@@ -95,11 +103,11 @@ def told(done: Redacted, target: Path) -> list[str]:
     name = shlex.quote(str(target))
     size = f"{count(done.connections, 'connection')}, {count(done.packets, 'packet')}"
     requests = count(done.requests, "request")
-    unpriced = f", {done.unpriced:,} of them unpriced" if done.unpriced else ""
+    known = None if done.requests and done.unpriced == done.requests else done.total_usd
+    price = sum_words(known, done.unpriced, f"${usd_text(done.total_usd)}")
     lines = [
         f"redacted: {target}: {size}",
-        f"  proved: it gives the same {requests}, ${usd_text(done.total_usd)} list price{unpriced};"
-        " nothing of what was removed is in it",
+        f"  proved: it gives the same {requests}, {price}; nothing of what was removed is in it",
     ]
     if done.hosts:
         more = f" and {len(done.hosts) - HOSTS_SHOWN} more" if len(done.hosts) > HOSTS_SHOWN else ""

@@ -12,8 +12,8 @@ import glob
 import hashlib
 import os
 import re
+import select
 import shlex
-import shutil
 import sys
 import tempfile
 import time
@@ -29,6 +29,8 @@ import click
 from halton_meter.cli.book import open_book
 from halton_meter.cli.configured import Configured
 from halton_meter.cli.losses import losses_in_words, sightings_in_words
+from halton_meter.cli.named import FilePath, file_name
+from halton_meter.cli.number import Whole
 from halton_meter.cli.output import (
     OUTCOMES,
     complain,
@@ -39,12 +41,15 @@ from halton_meter.cli.output import (
     name_typed,
     note,
     outcome_text,
+    price_text,
     say,
     shown,
+    sum_words,
     write_json_lines,
     wrong_usage,
     zone_text,
 )
+from halton_meter.cli.signalled import ended_in_order
 from halton_meter.cli.streams import OutputRefused, reader_left
 from halton_meter.contract import event_json, usd_text
 from halton_meter.identity import ID_REPEATED
@@ -57,12 +62,16 @@ if TYPE_CHECKING:
     from halton_meter.store import Store
 
 SUFFIXES = (".pcap", ".pcapng", ".cap", ".pcap.gz", ".pcapng.gz", ".cap.gz")
+UNPACK_RATIO_MAX = 1_000_000_000
 # Captures below this size are read too fast for a progress line.
 PROGRESS_BYTES_MIN = 20 << 20
 # Events handed to the store at a time.
 STORE_BATCH = 500
 # How long the database may be busy with another process before events stay in the journal.
 STORE_WAIT_SECONDS = 10.0
+# Bytes of standard input that tell whether it is a capture.
+START_BYTES = 64 << 10
+PIECE_BYTES, WAIT_S = 1 << 20, 0.5
 # Bytes read at each end of a capture to identify it.
 IDENTITY_BYTES = 64 << 10
 # Events held back because a better sighting of the same request may still come, and ids of events
@@ -197,7 +206,7 @@ def _row(event: PricedEvent) -> str:
         shown(usage.model or usage.request_model or usage.endpoint, 32),
         f"{sum(sent):,}" if sent else "-",
         f"{tokens.output:,}" if tokens.output is not None else "-",
-        money_text(event.list_usd, 6),
+        price_text(event.list_usd, usage.free, money_text(event.list_usd, 6)),
         _remark(event),
     ).rstrip()
 
@@ -251,15 +260,16 @@ class Output:
 
 def _summary_lines(summary: Summary, findings: Findings, losses: Counter[str]) -> Iterator[str]:
     requests, files = count(summary.events, "request"), count(findings.files, "file")
-    yield f"{requests} in {files}: ${usd_text(summary.total_usd)} list price"
+    of_none = summary.events and summary.unpriced + summary.implausible == summary.events
+    known = None if of_none else summary.total_usd
+    price = sum_words(known, summary.unpriced, f"${usd_text(summary.total_usd)}")
+    yield f"{requests} in {files}: {price}"
     if not summary.events and findings.files:
         yield f"  {_seen(findings)}"
         if findings.not_wanted:
             yield f"  {_OWN_HOSTS}"
     if findings.seen_again:
         yield f"  {count(findings.seen_again, 'connection')} recorded twice, metered once"
-    if summary.unpriced:
-        yield f"  {count(summary.unpriced, 'request')} unpriced, not in the sum"
     if summary.implausible:
         yield (
             f"  {count(summary.implausible, 'request')} with amounts that no request can have, "
@@ -430,6 +440,7 @@ class Replay:
     def _keep(self, losses: Counter[str]) -> bool:
         """Move events into the database; False when some are neither there nor in the journal."""
         from halton_meter.inspection.replayed import remember
+        from halton_meter.store import StoreError
 
         store = self._store
         if store is None:
@@ -438,8 +449,15 @@ class Replay:
         key = _identity(self._files)
         for cause, number in losses.items():
             store.count_loss(cause, number, self._source.findings.last_ns, key)
-        done = store.flush(wait_seconds=STORE_WAIT_SECONDS)
-        self._summary.stored_before = done.repeated
+        try:
+            done = store.flush(wait_seconds=STORE_WAIT_SECONDS)
+        except StoreError as error:  # what was read waits in the journal
+            store.close()
+            complain(Problem(str(error), ""))
+            return False
+        if not done.waiting:  # those that a better sighting came of were handed over twice
+            new = done.stored - done.replaced
+            self._summary.stored_before = max(0, self._summary.events - new)
         if self._last_ns and _STDIN not in self._job.paths:
             remember(self._home, self._files, self._first_ns, self._last_ns)
         store.close()
@@ -485,11 +503,11 @@ def _open_store(home: Path) -> Store:
 
 
 @click.command(cls=Configured)
-@click.argument("paths", nargs=-1, required=True, metavar="PATH…")
+@click.argument("paths", nargs=-1, required=True, type=file_name, metavar="PATH…")
 @click.option(
     "--keys",
     multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FilePath(exists=True, dir_okay=False, path_type=Path),
     help="TLS key log (SSLKEYLOGFILE); may be given again. Not needed for a pcapng with secrets.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, times in UTC.")
@@ -502,7 +520,7 @@ def _open_store(home: Path) -> Store:
 @click.option("--quiet", is_flag=True, help="Print only the summary, no progress.")
 @click.option(
     "--unpack-ratio",
-    type=click.IntRange(min=1),
+    type=Whole(1, UNPACK_RATIO_MAX),
     default=100,
     show_default=True,
     metavar="N",
@@ -521,25 +539,63 @@ def replay(**options: Any) -> None:
       cat capture.pcapng | halton-meter replay -
     """
     job = Job(**options)
-    with tempfile.TemporaryDirectory(prefix="halton-meter-") as folder:
-        paths = [_from_stdin(Path(folder)) if each == _STDIN else each for each in job.paths]
+    if job.paths.count(_STDIN) > 1:
+        wrong_usage('"-" is standard input, and can be given once')
+    with ended_in_order(), contextlib.ExitStack() as stack:
+        refused: list[Problem] = []
+        paths = [
+            path
+            for each in job.paths
+            if (path := _from_stdin(stack, refused) if each == _STDIN else each) is not None
+        ]
         files, problems = find_captures(paths)
+        problems = [*refused, *problems]
         if not files:
             fail(*problems)
         raise SystemExit(0 if _run(job, files, problems) else 1)
 
 
-def _from_stdin(folder: Path) -> str:
-    """A file with what comes through standard input: a capture is read from both of its ends."""
-    path = folder / _STDIN_NAME
+def _from_stdin(stack: contextlib.ExitStack, refused: list[Problem]) -> str | None:
+    """A file with what comes through standard input: a capture is read from both of its ends.
+
+    None, and the problem in `refused`, where what comes is none, which need not have an end.
+    """
+    from capture.packets.capfile import refusal_of_start
+    from halton_meter.live.keylog.private_folder import PIPED, private_folder
+
+    pieces, first = _pieces_of_stdin(), b""
+    while len(first) < START_BYTES and (piece := next(pieces, b"")):
+        first += piece
+    if (why := refusal_of_start(first, Path("FILE"))) is not None:
+        refused.append(Problem(f"{_STDIN_NAME} {why}", _CAPTURES))
+        return None
+    folder = Path(tempfile.gettempdir())
     try:
+        folder = stack.enter_context(private_folder(PIPED))
+        path = folder / _STDIN_NAME
         with path.open("xb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
-    except FileExistsError:
-        wrong_usage('"-" is standard input, and can be given once')
+            file.write(first)
+            file.writelines(pieces)
     except OSError as error:
         fail(Problem(f"standard input cannot be kept in {folder}: {error.strerror}", "df -h"))
     return str(path)
+
+
+def _pieces_of_stdin() -> Iterator[bytes]:
+    """What comes, as it comes. Python sees a signal that came just before it waits for more only
+    once it has waited, so it does not wait for long."""
+    try:
+        fd = sys.stdin.fileno()
+    except OSError:  # no file of the system's
+        yield sys.stdin.buffer.read()
+        return
+    waiting = select.poll()
+    waiting.register(fd, select.POLLIN | select.POLLHUP)
+    while True:
+        if waiting.poll(WAIT_S * 1000):
+            if not (piece := os.read(fd, PIECE_BYTES)):
+                return
+            yield piece
 
 
 def _run(job: Job, files: list[Path], problems: list[Problem]) -> bool:

@@ -22,6 +22,7 @@ from halton_meter.cli.losses import is_capture_loss, losses_in_words
 from halton_meter.cli.output import (
     OUTCOMES,
     aligned,
+    as_typed,
     bar,
     columns,
     count,
@@ -32,12 +33,21 @@ from halton_meter.cli.output import (
     money_text,
     print_json,
     shown,
+    span_text,
     sparkline,
     styled,
+    sum_text,
+    sum_words,
     wrong_usage,
     zone_text,
 )
-from halton_meter.cli.selection import now_ns, read_selection, selection_options, store_problems
+from halton_meter.cli.selection import (
+    no_match,
+    now_ns,
+    read_selection,
+    selection_options,
+    store_problems,
+)
 from halton_meter.contract import usd_text
 from halton_meter.model import TOKEN_NAMES, LimitKind
 from halton_meter.periods import period_before
@@ -178,9 +188,9 @@ def report(
         click.echo(_csv(answer), nl=False)
     elif of_coverage:
         days, is_all = answer.connections_by_day, selection == Selection()
-        click.echo(coverage_table(answer.connections, days, is_all=is_all))
+        click.echo(as_typed(coverage_table(answer.connections, days, is_all=is_all)))
     else:
-        click.echo(_drawn(answer, selection))
+        click.echo(as_typed(_drawn(answer, selection)))
 
 
 def _plot(now: int, selection: Selection, by: tuple[str, ...], previous: Selection | None) -> None:
@@ -198,11 +208,11 @@ def _plot(now: int, selection: Selection, by: tuple[str, ...], previous: Selecti
         unit = times[0] if times else _unit(store, selection, now)
         answer = ask(store, Question(now, selection, (unit, *further), previous))
     if not answer.totals.requests:
-        click.echo(_nothing(answer, selection))
+        click.echo(as_typed(_nothing(answer, selection)))
         return
     places = _places(answer)
     parts = [_heading(answer), _summary(answer, places), chart.chart(answer, columns(), places)]
-    click.echo("\n\n".join([*parts, *filter(None, (_coverage(answer),))]))
+    click.echo(as_typed("\n\n".join([*parts, *filter(None, (_coverage(answer),))])))
 
 
 def _unit(store: Store, selection: Selection, now: int) -> str:
@@ -288,7 +298,7 @@ def _nothing(answer: Report, selection: Selection) -> str:
         return with_held(NOTHING)
     first = "No request was metered"
     if selection != Selection():
-        first = "No requests match. All that are stored: halton-meter report"
+        first = no_match(selection, "report")
     lines = [first, *_waiting(answer)]
     return "\n".join([*lines, *coverage_lines(answer.connections)])
 
@@ -312,7 +322,7 @@ def _period(from_ns: int | None, to_ns: int | None) -> str:
         return "until now" if to_ns is None else f"until {local_time(to_ns)} {zone_text(to_ns)}"
     if to_ns is None:
         return f"since {local_time(from_ns)} {zone_text(from_ns)}"
-    return f"{local_time(from_ns)} to {local_time(to_ns)} {zone_text(from_ns, to_ns)}"
+    return f"{span_text(from_ns, to_ns)} {zone_text(from_ns, to_ns)}"
 
 
 def _is_midnight(at_ns: int) -> bool:
@@ -321,18 +331,21 @@ def _is_midnight(at_ns: int) -> bool:
 
 def _summary(answer: Report, places: int) -> str:
     totals = answer.totals
-    line = f"{styled(money_text(totals.list_usd, places), 'bold')} list price"
+    unpriced = totals.unpriced_requests
+    price = styled(money_text(totals.list_usd, places, at_least=unpriced > 0), "bold")
+    line = sum_words(totals.list_usd, unpriced, price)
     if totals.marginal_usd is not None and totals.marginal_usd != totals.list_usd:
-        line += f" ({money_text(totals.marginal_usd, places)} billed beyond your plans)"
+        billed = sum_text(totals.marginal_usd, unpriced, places)
+        line += f" ({billed} billed beyond your plans)"
     if answer.previous is not None:
         line += f", {_compared(answer.previous, totals, places)}"
     facts = [count(totals.requests, "request"), _tokens_line(totals.tokens)]
     if totals.errors:
         facts.append(count(totals.errors, "error"))
-    highest = [duration_text(totals.p95_duration_ms)] if totals.p95_duration_ms is not None else []
-    highest += [money_text(totals.p95_list_usd, 4)] if totals.p95_list_usd is not None else []
-    if highest:
-        facts.append(f"p95: {', '.join(highest)}")
+    if totals.p95_duration_ms is not None:
+        facts.append(f"p95 duration {duration_text(totals.p95_duration_ms)}")
+    if totals.p95_list_usd is not None:
+        facts.append(f"p95 price {money_text(totals.p95_list_usd, 4)}")
     more = [*_cache(totals, places), *_first_token(totals)]
     return "\n".join([line, ", ".join(facts), *(["; ".join(more)] if more else [])])
 
@@ -389,7 +402,12 @@ def _known(tokens: dict[str, int | None], names: tuple[str, ...]) -> int | None:
 def _compared(before: Figures, after: Figures, places: int) -> str:
     if not before.requests:
         return "no requests in the period before"
-    return f"{_change(before, after)} the period before ({money_text(before.list_usd, places)})"
+    change = _change(before, after)
+    return f"{change} the period before ({_cost(before, places)})"
+
+
+def _cost(figures: Figures, places: int) -> str:
+    return sum_text(figures.list_usd, figures.unpriced_requests, places)
 
 
 def _change(before: Figures, after: Figures) -> str:
@@ -439,12 +457,11 @@ def _row(by: tuple[str, ...], group: Group, shape: _Shape) -> list[str]:
     row.append(count_text(tokens["output"]))
     row += [duration_text(figures.median_ttft_ms)] * shape.wide
     row += [duration_text(figures.p95_duration_ms)] * shape.timed
-    price = money_text(figures.list_usd, shape.places)
+    price = _cost(figures, shape.places)
     row.append(styled(price, "yellow") if figures.list_usd is None else price)
     if shape.compared:
         before = group.previous
-        cost = money_text(before.list_usd, shape.places) if before and before.requests else "-"
-        row.append(cost)
+        row.append(_cost(before, shape.places) if before and before.requests else "-")
     share = group.share
     row.append("" if share is None else styled(bar(share), "cyan"))
     row.append("" if share is None else f"{share * 100:.1f}")
@@ -464,7 +481,7 @@ def _trend(answer: Report, places: int) -> str:
     first, last = answer.trend[0][0], answer.trend[-1]
     return (
         f"{line}  {len(answer.trend)} days, {first:%d %b} to {last[0]:%d %b}; "
-        f"the last day {money_text(last[1].list_usd, places) if last[1].requests else 'nothing'}"
+        f"the last day {_cost(last[1], places) if last[1].requests else 'nothing'}"
     )
 
 

@@ -16,9 +16,15 @@ from halton_meter.accounts import home_folder
 from halton_meter.cli.book import open_book
 from halton_meter.cli.configured import Configured
 from halton_meter.cli.output import count, money_text, print_json, say, shown
-from halton_meter.cli.selection import now_ns, read_selection, selection_options, store_problems
+from halton_meter.cli.selection import (
+    no_match,
+    now_ns,
+    read_selection,
+    selection_options,
+    store_problems,
+)
 from halton_meter.contract import usd_text
-from halton_meter.store import NothingStored, Repriced, Store
+from halton_meter.store import NothingStored, Repriced, Selection, Store
 
 # Models listed one by one for people; --json lists all.
 MODELS_SHOWN = 20
@@ -107,8 +113,18 @@ def reprice(dry_run: bool, as_json: bool, **options: Any) -> None:
     ranked = sorted(changes.values(), key=lambda c: (-c.events, c.provider, c.model or ""))
     if as_json:
         print_json({"stored": not dry_run, "changes": [change.json() for change in ranked]})
+    elif not ranked and not _matching(selection):
+        say(no_match(selection, "reprice --dry-run"))
     else:
         say(_in_words(ranked, dry_run))
+
+
+def _matching(selection: Selection) -> int:
+    """How many stored requests are in the selection."""
+    where, parameters = selection.where()
+    with store_problems(), Store(home_folder()).reading() as reader:
+        sql = f"SELECT count(*) FROM event WHERE {where}"  # noqa: S608 (values are bound)
+        return int(reader.rows(sql, parameters)[0][0])
 
 
 def _in_words(changes: list[Change], dry_run: bool) -> str:

@@ -24,6 +24,8 @@ from halton_meter.cli.output import (
     wrong_usage,
 )
 from halton_meter.cli.selection import now_ns, store_problems
+from halton_meter.model import NO_PROJECT
+from halton_meter.project_rules import not_a_name
 from halton_meter.store import NothingStored, Retagged, Store
 
 
@@ -42,7 +44,7 @@ Examples:
     "before",
     type=name_typed,
     metavar="PROJECT",
-    help="The project to empty.",
+    help="The project to empty; - for requests without one.",
 )
 @click.option("--to", "after", type=name_typed, metavar="PROJECT", help="The project to fill.")
 @click.option(
@@ -63,24 +65,32 @@ def retag(before: str | None, after: str | None, rules: bool, apply_: bool, as_j
     if before is None or after is None:
         missing = "--from" if before is None else "--to"
         wrong_usage(f"{missing} is missing", "halton-meter retag --from OLD --to NEW, or --rules")
-    if not after.strip() or before == after:
+    if why := not_a_name(after):
+        wrong_usage(f"--to must name a project, not {after!r}: {why}")
+    if before == after:
         wrong_usage("--to must name another project than --from")
+    whose = None if before == NO_PROJECT else before
     moved = 0
     try:
         with store_problems():
-            moved = Store(home_folder()).retag(before, after, now_ns(), dry_run=not apply_)
+            moved = Store(home_folder()).retag(whose, after, now_ns(), dry_run=not apply_)
     except NothingStored as nothing:
         if not as_json:
             say(str(nothing))
             return
     if as_json:
-        print_json({"stored": apply_, "from": before, "to": after, "events": moved})
+        print_json({"stored": apply_, "from": whose, "to": after, "events": moved})
     elif not moved:
-        say(f"No requests of project {before!r}. See: halton-meter report --by project")
+        say(f"No requests of {_named(whose)}. See: halton-meter report --by project")
     elif apply_:
-        say(f"Moved {count(moved, 'request')} from {before!r} to {after!r}.")
+        say(f"Moved {count(moved, 'request')} from {_named(whose)} to {after!r}.")
     else:
-        say(f"{count(moved, 'request')} would move from {before!r} to {after!r}. Add --apply.")
+        requests = count(moved, "request")
+        say(f"{requests} would move from {_named(whose)} to {after!r}. Add --apply.")
+
+
+def _named(project: str | None) -> str:
+    return "no project" if project is None else f"project {project!r}"
 
 
 def _by_rules(home: Path, apply_: bool, as_json: bool) -> None:

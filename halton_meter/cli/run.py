@@ -20,6 +20,7 @@ from halton_meter.budget import END, STOP
 from halton_meter.cli.coverage import coverage_lines, losses_beside
 from halton_meter.cli.losses import is_capture_loss, other_calls_in_words, sightings_in_words
 from halton_meter.cli.money import Dollars
+from halton_meter.cli.named import FilePath
 from halton_meter.cli.output import (
     cost_text,
     count,
@@ -27,6 +28,7 @@ from halton_meter.cli.output import (
     implausible_words,
     note,
     shown,
+    sum_words,
     wrong_usage,
 )
 from halton_meter.cli.summary_file import refusal, write_summary
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 MODELS_SHOWN = 10
 PROCESSES_SHOWN = 5
 GOES_ON = "this run goes on without it"
+# Beside budget.STOP and END. Nothing was left to be held; requests without a price may be over it.
+PASSED, NOT_KNOWN = "passed", "not_known"
 _NOT_RUN = (126, 127)  # exit codes of a command that never ran
 EXAMPLES = """
     \b
@@ -91,7 +95,7 @@ EXAMPLES = """
 @click.option("--quiet", is_flag=True, help="Print no summary.")
 @click.option(
     "--json-summary",
-    type=click.Path(dir_okay=False, allow_dash=True),
+    type=FilePath(dir_okay=False, allow_dash=True),
     metavar="FILE",
     help='Also write the summary to this file, as JSON; "-" is standard output.',
 )
@@ -155,6 +159,8 @@ def run(
     except ConfigError as error:
         fail(*error.problems)
     result.not_followed = servers
+    if result.held is None:
+        result.held = reached(limit, result)
     if json_summary is not None:
         write_summary(json_summary, _as_json(result))
     if not quiet:
@@ -195,16 +201,11 @@ def _through_probes(command: Sequence[str], via: str, limit: RunLimit) -> RunRes
     return service.run_command(command, environment, plan)
 
 
-_RECORD_WAYS = (
-    "sudo halton-meter record FILE --via uprobes -- CMD\n"
-    "or: halton-meter record FILE --via proxy -- CMD"
-)
-
-
-def through_own_probes(command: Sequence[str], record_fd: int) -> RunResult:
+def through_own_probes(command: Sequence[str], record_fd: int, fix: str) -> RunResult:
     """Run a command metered by probes of its own, also beside a service; keep its plaintext.
 
-    From its end on we are the user, for good. Raises Unavailable.
+    From its end on we are the user, for good. `fix` is the call that has the right to. Raises
+    Unavailable.
     """
     from halton_meter import accounts, privileges
     from halton_meter.cli.configured import told
@@ -214,7 +215,7 @@ def through_own_probes(command: Sequence[str], record_fd: int) -> RunResult:
     from halton_meter.problem import Unavailable
 
     if not accounts.is_root():
-        raise Unavailable([Problem("probes need root", _RECORD_WAYS)])
+        raise Unavailable([Problem("probes need root", fix)])
     if problems := own_code.problems():
         raise Unavailable(problems)
     account, home = accounts.invoking_account(), accounts.home_folder()
@@ -268,17 +269,20 @@ def through_proxy(
     return meter_command(command, home, os.environ, hosts, upstream, java, limit, record_fd)
 
 
-def through_key_log(command: Sequence[str], record: Callable[[], Path] | None = None) -> RunResult:
+def through_key_log(
+    command: Sequence[str], record: Callable[[], Path] | None = None, fix: str | None = None
+) -> RunResult:
     """Run a command metered by its packets. Raises Unavailable.
 
-    `record` names a new file for them; it is asked as the user, when nothing more needs root.
+    `record` names a new file for them; it is asked as the user, when nothing more needs root. `fix`
+    is the call that has the right to capture, where it is none of `run`.
     """
     from capture.packets.keeping import CaptureWriter, Keeping
     from halton_meter import accounts, config, privileges
     from halton_meter.cli.configured import told
     from halton_meter.live import own_code
     from halton_meter.live.keylog.connectors import start_connectors
-    from halton_meter.live.keylog.run import HTTPS, meter_command, start_capture
+    from halton_meter.live.keylog.run import HTTPS, RUN_FIX, meter_command, start_capture
     from halton_meter.live.result import Recorded
     from halton_meter.problem import Unavailable
 
@@ -286,7 +290,7 @@ def through_key_log(command: Sequence[str], record: Callable[[], Path] | None = 
         raise Unavailable(problems)
     account, home = accounts.invoking_account(), accounts.home_folder()
     environment = privileges.user_environment(account, os.environ, privileges.sudo_environment())
-    link = start_capture([HTTPS])
+    link = start_capture([HTTPS], fix=fix or RUN_FIX)
     connectors = start_connectors(account.uid, account.gid, [HTTPS])
     privileges.settle(needs_root=False)  # what captures is there already
     found = config.read(home)
@@ -328,13 +332,38 @@ def summary_lines(result: RunResult) -> list[str]:
     return lines
 
 
+def reached(limit: RunLimit, result: RunResult) -> dict[str, Any] | None:
+    """The limit that a command reached, or may have reached, though nothing held it."""
+    total = result.totals.total
+    if limit.max_usd is None:
+        return None
+    is_over = total.list_usd >= Decimal(limit.max_usd)
+    if not is_over and not total.unpriced:
+        return None
+    text = f"{cost_text(total.list_usd)} spent of {cost_text(Decimal(limit.max_usd))}"
+    return {
+        "name": None,
+        "text": text,
+        "holds": PASSED if is_over else NOT_KNOWN,
+        "limit_usd": limit.max_usd,
+        "spent_usd": usd_text(total.list_usd),
+        "at_least": bool(total.unpriced),
+        "in_flight": 0,
+        "in_flight_usd": None,
+        "times": 0,
+    }
+
+
 def _limit_lines(result: RunResult) -> list[str]:
-    """That a limit held the command, and how far it got over it."""
+    """That a limit held the command or was passed, and how far it got over it."""
     held = result.held
     if held is None:
         return []
     limit_usd, spent_usd = Decimal(held["limit_usd"] or 0), Decimal(held["spent_usd"] or 0)
-    did = "it ended" if held["holds"] == END else "it stopped"
+    if held["holds"] == NOT_KNOWN:
+        why = f"({count(result.totals.total.unpriced, 'request')} unpriced)"
+        return [f"  limit of {cost_text(limit_usd)}: nobody knows whether it was reached {why}"]
+    did = {END: "it ended", PASSED: "the last answers reached it,"}.get(held["holds"], "it stopped")
     if result.refused:
         did = (
             f"{count(result.refused, 'request')} {'was' if result.refused == 1 else 'were'} refused"
@@ -342,10 +371,10 @@ def _limit_lines(result: RunResult) -> list[str]:
     over = ""
     if spent_usd > limit_usd:
         over = f", {cost_text(spent_usd - limit_usd)} over it"
-    at_least = "at least " if held["at_least"] else ""
+    at = "at no less than" if held["at_least"] else "at"
     if held["in_flight"] and not result.refused:
         over += f"; {count(held['in_flight'], 'request')} under way"
-    return [f"  limit of {cost_text(limit_usd)}: {did} at {at_least}{cost_text(spent_usd)}{over}"]
+    return [f"  limit of {cost_text(limit_usd)}: {did} {at} {cost_text(spent_usd)}{over}"]
 
 
 def _is_more_than_metered(result: RunResult) -> bool:
@@ -402,13 +431,13 @@ def _cost(line: Line) -> str:
     """The list price, what is billed where that differs, and how many requests have no price."""
     if line.unpriced + line.implausible == line.requests and line.requests:
         return "unpriced"
-    text = f"{cost_text(line.list_usd)} list price"
+    text = sum_words(line.list_usd, line.unpriced, cost_text(line.list_usd))
     if line.estimated:
         every = line.estimated == line.requests
         text += " (estimated)" if every else f" ({count(line.estimated, 'request')} estimated)"
     if line.marginal_usd != line.list_usd:
-        text += f", {cost_text(line.marginal_usd)} billed"
-    return text + (f"; {count(line.unpriced, 'request')} unpriced" if line.unpriced else "")
+        text += f", {cost_text(line.marginal_usd)}{'+' if line.unpriced else ''} billed"
+    return text
 
 
 def _troubles(result: RunResult) -> list[str]:
@@ -450,7 +479,7 @@ def _troubles(result: RunResult) -> list[str]:
     # Of a proxied run the rest is said already.
     coverage = coverage_lines(result.connections, requests=totals.total.requests)
     if result.unseen_ms and result.connections and connections_ratio(result.connections) is None:
-        shorter = f"one shorter than {result.unseen_ms:,} ms may have been missed"
+        shorter = f"one shorter than {result.unseen_ms:,} ms, or by QUIC, may have been missed"
         coverage = [f"coverage: no connection past the proxy was seen; {shorter}"]
     if result.exit_code in _NOT_RUN and not (result.connections and result.connections.parts):
         coverage = []

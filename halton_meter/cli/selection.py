@@ -14,12 +14,15 @@ from typing import Any, TypeVar
 import click
 
 from halton_meter.accounts import home_folder
-from halton_meter.cli.output import fail, name_typed, wrong_usage
+from halton_meter.cli.output import fail, look_at, name_typed, wrong_usage
 from halton_meter.periods import parse_when, use_zone
 from halton_meter.problem import Problem
 from halton_meter.store import NothingStored, Selection, StoreError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+# Of --limit: far beyond what is stored, and a number that a database takes.
+ROWS_MAX = 1_000_000_000
 
 # What --branch without a name stands for: no branch is called so.
 HERE = ".."
@@ -58,7 +61,12 @@ _OPTIONS = (
         metavar="NAME",
         help="Only this model, as the provider names it.",
     ),
-    click.option("--project", type=name_typed, metavar="NAME", help="Only this project."),
+    click.option(
+        "--project",
+        type=name_typed,
+        metavar="NAME",
+        help="Only this project; - for requests without one.",
+    ),
     click.option(
         "--client",
         type=name_typed,
@@ -131,10 +139,10 @@ def read_selection(
     from_ns = None if beginning is None else moment(named[0], beginning, now_ns)
     to_ns = None if to is None else moment("--to", to, now_ns, end=True)
     if from_ns is not None and to_ns is not None and from_ns >= to_ns:
-        wrong_usage(
-            f"the period ends before it begins: {named[0]} {beginning} --to {to}",
-            "swap the two times",
-        )
+        given = f"{named[0]} {beginning} --to {to}"
+        if from_ns == to_ns:
+            wrong_usage(f"the period ends when it begins: {given}", "write a later --to")
+        wrong_usage(f"the period ends before it begins: {given}", "swap the two times")
     if branch == HERE:
         here, branch = _branch_here()
         project = project or here
@@ -157,6 +165,27 @@ def _branch_here() -> tuple[str | None, str]:
             "name one, as in: halton-meter report --branch main",
         )
     return project, branch
+
+
+def no_match(selection: Selection, command: str) -> str:
+    """What a command says whose selection has no request; `command` lists all of them."""
+    lines = [f"No requests match. All that are stored: halton-meter {command}"]
+    if selection.flag is not None:
+        lines += _flag_lines(selection.flag)
+    return "\n".join(lines)
+
+
+def _flag_lines(flag: str) -> list[str]:
+    """The flags there are, where this is none of them."""
+    import textwrap
+
+    from halton_meter.vocabulary import FLAGS, PRICE_FLAGS
+
+    known = sorted({*FLAGS, *PRICE_FLAGS})
+    if flag.partition(":")[0] in known:
+        return []
+    listed = textwrap.wrap(f"There is no flag {flag!r}. Flags: {', '.join(known)}", 100)
+    return [listed[0], *(f"  {line}" for line in listed[1:])]
 
 
 def moment(option: str, text: str, now_ns: int, end: bool = False) -> int:
@@ -189,4 +218,4 @@ def store_problems() -> Iterator[None]:
         if error.errno == errno.EPIPE:
             raise  # `| head` has seen enough: click ends quietly
         named = f"{error.filename}: " if error.filename else ""
-        fail(Problem(f"{named}{error.strerror or error}", f"ls -ld {home_folder()}"))
+        fail(Problem(f"{named}{error.strerror or error}", look_at(error, home_folder())))

@@ -15,6 +15,7 @@ import click
 from halton_meter.accounts import home_folder
 from halton_meter.cli.configured import Configured
 from halton_meter.cli.held import with_held
+from halton_meter.cli.number import Whole
 from halton_meter.cli.output import (
     UNKNOWN,
     aligned,
@@ -22,19 +23,32 @@ from halton_meter.cli.output import (
     count_text,
     duration_text,
     fail,
+    free_note,
     local_time,
     money_text,
     name_typed,
     outcome_text,
+    price_text,
     print_json,
     say,
     shown,
+    span_text,
     styled,
+    sum_text,
+    sum_words,
     zone_text,
 )
-from halton_meter.cli.selection import now_ns, read_selection, selection_options, store_problems
+from halton_meter.cli.selection import (
+    ROWS_MAX,
+    no_match,
+    now_ns,
+    read_selection,
+    selection_options,
+    store_problems,
+)
 from halton_meter.model import SessionSource
 from halton_meter.problem import Problem
+from halton_meter.report import Figures
 from halton_meter.sessions import (
     CANDIDATES_MAX,
     LATEST,
@@ -93,7 +107,9 @@ Examples:
     help="What comes first: the latest, the dearest, or those with the most requests.",
 )
 @click.option(
-    "--limit", type=click.IntRange(min=1), help="Only N sessions. Default: 20; with --json, all."
+    "--limit",
+    type=Whole(1, ROWS_MAX),
+    help="Only N sessions. Default: 20; with --json, all.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, times in UTC.")
 def list_(order: str, limit: int | None, as_json: bool, **options: Any) -> None:
@@ -129,7 +145,7 @@ Examples:
 @click.argument("session_id", metavar="ID|latest", type=name_typed)
 @click.option(
     "--limit",
-    type=click.IntRange(min=1),
+    type=Whole(1, ROWS_MAX),
     default=STEPS_SHOWN,
     show_default=True,
     help="Only the latest N requests in the table; the sums are of all.",
@@ -146,7 +162,7 @@ def show(session_id: str, limit: int, as_json: bool) -> None:
             found = _one(matching(reader, session_id), session_id, as_json)
             course = course_of(reader, found)
     except NothingStored as nothing:
-        fail(Problem(with_held(str(nothing)), "halton-meter session list"), as_json=as_json)
+        fail(Problem(with_held(str(nothing)), ""), as_json=as_json)
     if as_json:
         print_json(course.json())
     else:
@@ -158,7 +174,10 @@ def _one(found: Sequence[str], text: str, as_json: bool) -> str:
     if len(found) == 1:
         return found[0]
     if not found:
-        what = "no session is stored" if text == LATEST else f"no session {shown(text, 60)}"
+        if text == LATEST:  # requests there are, as nothing stored is said before
+            why = "no session is stored: no request belongs to one"
+            fail(Problem(why, "halton-meter events"), as_json=as_json)
+        what = f"no session {shown(text, 60)}"
         fail(Problem(what, "halton-meter session list"), as_json=as_json)
     named = "\n".join(f"halton-meter session show {name}" for name in found[:CANDIDATES_MAX])
     several = f"more than {CANDIDATES_MAX}" if len(found) > CANDIDATES_MAX else str(len(found))
@@ -171,7 +190,7 @@ def _one(found: Sequence[str], text: str, as_json: bool) -> str:
 
 def _listed(found: Sessions, names: dict[str, str], selection: Selection) -> str:
     if not found.totals.requests:
-        return "No requests match. All sessions: halton-meter session list"
+        return no_match(selection, "session list")
     without = _without(found)
     if not found.sessions:
         return f"No sessions: {without}"
@@ -200,24 +219,36 @@ def _row(each: Session, name: str) -> list[str]:
         f"{figures.requests:,}",
         _percent(cache_share_of(figures.tokens)),
         count_text(figures.tokens["output"]),
-        _price(figures.list_usd),
+        _cell(figures.list_usd, figures.unpriced_requests),
     ]
 
 
 def _sum_line(found: Sessions, without: str) -> str:
     totals = found.totals
     line = f"{count(found.count, 'session')}, {count(totals.requests, 'request')}, "
-    line += f"{_price(totals.list_usd)} list price"
+    line += _priced(totals)
     return f"{line}; of these {without}" if found.without.requests else line
 
 
 def _without(found: Sessions) -> str:
     figures = found.without
-    return f"{count(figures.requests, 'request')} of no session ({_price(figures.list_usd)})"
+    cost = _cell(figures.list_usd, figures.unpriced_requests)
+    belong = count(figures.requests, "request belongs", "requests belong")
+    return f"{belong} to no session ({cost})"
 
 
-def _price(amount: Decimal | None) -> str:
-    return money_text(amount, 2 if amount is not None and amount >= _SMALL_USD else 4)
+def _cell(amount: Decimal | None, unpriced: int) -> str:
+    return sum_text(amount, unpriced, _places(amount))
+
+
+def _priced(figures: Figures) -> str:
+    usd, unpriced = figures.list_usd, figures.unpriced_requests
+    price = styled(money_text(usd, _places(usd), at_least=unpriced > 0), "bold")
+    return sum_words(usd, unpriced, price)
+
+
+def _places(amount: Decimal | None) -> int:
+    return 2 if amount is not None and amount >= _SMALL_USD else 4
 
 
 def _percent(share: float | None) -> str:
@@ -235,12 +266,11 @@ def _drawn(course: Course, limit: int) -> str:
 def _heading(course: Course) -> str:
     found = course.session
     clients = ", ".join(" ".join(filter(None, each)) for each in found.clients)
-    began, ended = local_time(found.began_ns), local_time(found.ended_ns)
-    same_day = began[:10] == ended[:10]
+    span = span_text(found.began_ns, found.ended_ns, short=True)
     lasted = duration_text((found.ended_ns - found.began_ns) / 1e6)
     lines = [
         f"{styled('Session', 'bold')} {shown(found.id, 128)}",
-        f"{began} to {ended[11:] if same_day else ended} {zone_text(found.began_ns)}, {lasted}",
+        f"{span} {zone_text(found.began_ns)}, {lasted}",
     ]
     if found.source == SessionSource.PROCESS.value:
         lines[0] += f"  (a run of process {shown(found.id.split('-')[1])}: its client names none)"
@@ -253,17 +283,16 @@ def _heading(course: Course) -> str:
 
 def _summary(course: Course) -> str:
     found, figures = course.session, course.session.figures
-    price = f"{styled(_price(figures.list_usd), 'bold')} list price"
+    price = _priced(figures)
     if figures.marginal_usd is not None and figures.marginal_usd != figures.list_usd:
-        price += f" ({_price(figures.marginal_usd)} billed beyond your plans)"
+        billed = _cell(figures.marginal_usd, figures.unpriced_requests)
+        price += f" ({billed} billed beyond your plans)"
     facts = [count(figures.requests, "request")]
     facts += [count(found.turns, "turn")] if found.turns else []
     facts += [count(len(course.agents), "agent")] if len(course.agents) > 1 else []
     facts.append(f"{count_text(figures.tokens['output'])} tokens out")
     if (share := cache_share_of(figures.tokens)) is not None:
         facts.append(f"{_percent(share)} of the input from a cache")
-    if figures.unpriced_requests:
-        facts.append(styled(f"{figures.unpriced_requests:,} unpriced, not free", "yellow"))
     facts += [count(figures.errors, "error")] if figures.errors else []
     return f"{price}\n{', '.join(facts)}"
 
@@ -278,7 +307,7 @@ def _agents(agents: Sequence[Agent]) -> str:
             shown(agent.parent),
             f"{agent.requests:,}",
             count_text(agent.output_tokens),
-            _price(agent.list_usd),
+            _cell(agent.list_usd, agent.unpriced_requests),
         ]
         for agent in agents
     ]
@@ -303,7 +332,7 @@ def _step(step: Step, one_day: bool) -> list[str]:
     event, usage = step.event, step.event.usage
     at = local_time(usage.at_ns, seconds=True)
     growth = step.context_growth
-    notes = [usage.error_class, None if usage.free in (None, "error") else usage.free]
+    notes = [usage.error_class, free_note(usage.free)]
     notes += ["implausible" if event.implausible else None]
     notes += [f"try {usage.caller.retry_count + 1}" if usage.caller.retry_count else None]
     if usage.caller.request_class not in (None, "main", "subagent", "turn"):
@@ -319,7 +348,7 @@ def _step(step: Step, one_day: bool) -> list[str]:
         UNKNOWN if growth is None else f"{sign}{count_text(growth)}",
         _percent(step.cache_share),
         count_text(event.tokens.output),
-        money_text(event.list_usd, 4),
-        money_text(step.running_list_usd, 4),
+        price_text(event.list_usd, usage.free, money_text(event.list_usd, 4)),
+        sum_text(step.running_list_usd, step.running_unpriced, 4),
         ", ".join(shown(note, 60) for note in notes if note),
     ]

@@ -10,13 +10,22 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import click
 
 from halton_meter.cli.coverage import coverage_lines, losses_beside, ratio_line
 from halton_meter.cli.losses import other_calls_in_words, sightings_in_words
-from halton_meter.cli.output import count, duration_text, local_time, say, zone_text
+from halton_meter.cli.output import (
+    count,
+    duration_text,
+    local_time,
+    say,
+    sum_words,
+    zone_text,
+)
 from halton_meter.coverage import Coverage
 
 OUTAGES_SHOWN = 5
@@ -48,11 +57,32 @@ def status(as_json: bool) -> None:
             found[key] = other
             found.setdefault("uprobes_health", found["health"])
             found["health"] = _worse(found["health"], other["health"])
+    found["database_error"], aside = _database(home)
+    found.setdefault("damaged_databases", aside)
+    if found["database_error"] and found["health"] == "ok":
+        found["health"] = "degraded"
     if as_json:
         click.echo(json.dumps(found))  # ASCII: a path may hold bytes that are no text
     else:
         say("\n".join(status_lines(found)))
     sys.exit(1 if wrong or found["health"] != "ok" else 0)
+
+
+def _database(home: Path) -> tuple[str | None, list[str]]:
+    """Why the database cannot be read, if so, and those that were put aside. One that somebody
+    writes at the moment is none that cannot be read.
+    """
+    from halton_meter.store import Store, StoreBusy, StoreError
+
+    store, why = Store(home), None
+    if store.database_path.exists():
+        try:
+            store.schema_version()
+        except StoreBusy:
+            pass
+        except StoreError as error:
+            why = str(error)
+    return why, [str(path) for path in store.damaged_databases]
 
 
 def _worse(first: str, second: str) -> str:
@@ -69,11 +99,16 @@ def status_lines(found: Mapping[str, Any]) -> list[str]:
         lines += proxy_lines(proxy)
     if (key_log := found.get("keylog")) is not None:
         lines += key_log_lines(key_log)
-    return lines or [
-        f"stopped (data folder {found['home']})",
-        "  start the service: sudo halton-meter start",
-        "  or the local proxy, without root: halton-meter start --via proxy",
-    ]
+    if not lines:
+        lines = [
+            f"stopped (data folder {found['home']})",
+            "  start the service: sudo halton-meter start",
+            "  or the local proxy, without root: halton-meter start --via proxy",
+            *_put_aside_lines(found),
+        ]
+    if found.get("database_error"):
+        lines.append(f"database: {found['database_error']}")
+    return lines
 
 
 def uprobes_lines(found: Mapping[str, Any]) -> list[str]:
@@ -132,13 +167,28 @@ def key_log_lines(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _last(found: Mapping[str, Any]) -> str:
+    at = found["last_event_at"]
+    if at is not None:
+        return f"; last {_time(at)}"
+    return "" if found["events"] else "; no request yet"
+
+
+def _price(found: Mapping[str, Any]) -> str:
+    totals = found["totals"]
+    unpriced = totals.get("unpriced_requests", 0)
+    unknown = unpriced + totals.get("implausible_requests", 0)
+    of_none = unknown and unknown == totals["requests"]
+    known = None if of_none else Decimal(totals["list_usd"])
+    return sum_words(known, unpriced, f"${totals['list_usd']}")
+
+
 def _metered_lines(found: Mapping[str, Any], source: str = "") -> list[str]:
     """What was metered, where its events are, and what is wrong if something is."""
     since = " since the last restart" if found["restarts"] else ""
     waiting = _waiting(found["journal_waiting"], found.get("held") or 0)
     lines = [
-        f"  {count(found['events'], 'request')}{since}{source}, "
-        f"${found['totals']['list_usd']} list price; last {_time(found['last_event_at'])}",
+        f"  {count(found['events'], 'request')}{since}{source}, {_price(found)}{_last(found)}",
         f"  data folder {found['home']}; {waiting}",
     ]
     totals, repeated = found["totals"], found.get("journal_repeated") or 0
@@ -165,6 +215,11 @@ def _metered_lines(found: Mapping[str, Any], source: str = "") -> list[str]:
         )
     if found["store_error"]:
         lines.append(f"  since {_time(found['store_error_since'])}: {found['store_error']}")
+    return lines + _put_aside_lines(found)
+
+
+def _put_aside_lines(found: Mapping[str, Any]) -> list[str]:
+    lines = []
     for path in found.get("damaged_databases") or ():
         lines.append(f"  damaged database set aside, its events are missing in reports: {path}")
         lines.append(f"    once you have looked at it: mv {path} /tmp")
@@ -219,7 +274,7 @@ def _time(utc: str | None) -> str:
     try:
         at_ns = int(datetime.fromisoformat(utc or "").timestamp()) * 1_000_000_000
     except (TypeError, ValueError, OverflowError):
-        return "none yet" if utc is None else "unknown"
+        return "unknown"
     return f"{local_time(at_ns, seconds=True)} {zone_text(at_ns)}"
 
 

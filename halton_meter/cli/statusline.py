@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import click
 
-from halton_meter.cli.output import fail, print_json, say, shown
+from halton_meter.cli.output import fail, look_at, print_json, say, shown
 from halton_meter.problem import Problem
 
 RECORD_NAME = "statusline.json"
@@ -49,12 +49,24 @@ def statusline(context: click.Context) -> None:
         click.echo(quick.answer("statusline", quick.piped(), time.time()))
 
 
+class _Changing(click.Command):
+    """A command that ends with what it was refused."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except Refused as error:
+            fail(error.problem)
+
+
 @statusline.command(
+    cls=_Changing,
     epilog="""\b
 Examples:
   halton-meter statusline install            in ~/.claude/settings.json
   halton-meter statusline install --json     the same, for a script
-"""
+""",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as one JSON object.")
 def install(as_json: bool) -> None:
@@ -87,11 +99,12 @@ def install(as_json: bool) -> None:
 
 
 @statusline.command(
+    cls=_Changing,
     epilog="""\b
 Examples:
   halton-meter statusline uninstall
   halton-meter statusline uninstall --json     for a script
-"""
+""",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as one JSON object.")
 def uninstall(as_json: bool) -> None:
@@ -104,18 +117,26 @@ def uninstall(as_json: bool) -> None:
     _done(as_json, path, done or "there is no status line of Halton Meter", {"changed": bool(done)})
 
 
-def remove_all() -> list[str]:
-    """Put back every settings file that `install` changed; what was done, for `uninstall`."""
-    lines = []
+def remove_all() -> tuple[list[str], list[Problem]]:
+    """Put back every settings file that `install` changed, for `uninstall`; what was done, and what
+    could not be.
+    """
+    lines, problems = [], []
     for name in list(_records()):
-        done = remove(Path(name))
+        try:
+            done = remove(Path(name))
+        except Refused as error:
+            problems.append(error.problem)
+            continue
         if done:
             lines.append(f"{name}: {done}")
-    return lines
+    return lines, problems
 
 
 def remove(path: Path) -> str | None:
-    """Put one settings file back; what was done, None where there was nothing to do."""
+    """Put one settings file back; what was done, None where there was nothing to do. Raises
+    Refused.
+    """
     from halton_meter.statusline.settings import (
         status_line,
         with_status_line,
@@ -192,8 +213,10 @@ def _settings_path() -> Path:
 
 def _read(path: Path) -> str | None:
     """The settings' text; None where there are none."""
+    from capture.packets.input_files import open_file
+
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             data = file.read(SETTINGS_BYTES_MAX + 1)
         if len(data) > SETTINGS_BYTES_MAX:
             _refuse(path, f"it is larger than {SETTINGS_BYTES_MAX >> 20} MiB")
@@ -224,16 +247,25 @@ def _write(path: Path, text: str) -> None:
         mode = path.stat().st_mode & 0o7777 if path.exists() else 0o600
         write_whole(path, text.encode(), mode)
     except OSError as error:
-        _refuse(path, error.strerror or str(error), "written")
+        look = look_at(error, path.parent, _look(path))
+        _refuse(path, error.strerror or str(error), "written", look)
 
 
-def _refuse(path: Path, why: str, what: str = "used") -> NoReturn:
-    fail(
-        Problem(
-            f"{shown(str(path), 200)} cannot be {what}: {why}. Nothing was changed",
-            f"ls -l {shlex.quote(str(path))}",
-        )
-    )
+class Refused(Exception):
+    """A file that cannot be read or written; nothing was changed."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.what)
+        self.problem = problem
+
+
+def _look(path: Path) -> str:
+    return f"ls -l {shlex.quote(str(path))}"
+
+
+def _refuse(path: Path, why: str, what: str = "used", fix: str | None = None) -> NoReturn:
+    said = f"{shown(str(path), 200)} cannot be {what}: {why}. Nothing was changed"
+    raise Refused(Problem(said, fix or _look(path)))
 
 
 def _record_path() -> Path:

@@ -74,7 +74,7 @@ def _stop_probes(home: Path, owner: int, stopped: bool) -> None:
         return
     if ask_service(home, "stop", owner=owner) is None:
         if not stopped:
-            click.echo("it was not running")
+            click.echo("no service was running")
         return
     deadline = time.monotonic() + STOP_S_MAX
     while ask_service(home, "status", owner=owner) is not None:

@@ -31,6 +31,16 @@ def refusal(named: str) -> tuple[str, str] | None:
 def _refusal(path: Path) -> tuple[str, str] | None:
     folder = path.absolute().parent
     what = f"the summary cannot be written to {path}: "
+    try:
+        return _refused(path, folder, what)
+    except OSError as error:
+        return (
+            f"{what}{error.strerror or type(error).__name__}",
+            f"ls -ld {shlex.quote(str(folder))}",
+        )
+
+
+def _refused(path: Path, folder: Path, what: str) -> tuple[str, str] | None:
     if path.is_dir():
         return f"{what}that is a folder", _OTHER
     if path.exists():

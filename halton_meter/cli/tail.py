@@ -21,6 +21,7 @@ import click
 from halton_meter.accounts import home_folder
 from halton_meter.cli.configured import Configured
 from halton_meter.cli.held import with_held
+from halton_meter.cli.number import Whole
 from halton_meter.cli.output import (
     aligned_line,
     columns,
@@ -29,12 +30,19 @@ from halton_meter.cli.output import (
     json_line,
     money_text,
     note,
+    price_text,
     say,
     shown,
     styled,
     wrong_usage,
 )
-from halton_meter.cli.selection import now_ns, read_selection, selection_options, store_problems
+from halton_meter.cli.selection import (
+    no_match,
+    now_ns,
+    read_selection,
+    selection_options,
+    store_problems,
+)
 from halton_meter.contract import event_json
 from halton_meter.model import Outcome, PricedEvent, client_of
 from halton_meter.store import Selection
@@ -73,7 +81,7 @@ Examples:
     "-n",
     "--lines",
     "latest",
-    type=click.IntRange(0, LATEST_MAX),
+    type=Whole(0, LATEST_MAX),
     default=LATEST,
     help=f"Begin with the last N that match. Default: {LATEST}.",
 )
@@ -96,7 +104,7 @@ def tail(follow: bool, latest: int, as_json: bool, **options: Any) -> None:
         if follow:
             _follow(follower, printer)
         elif not found and not as_json:
-            say(_nothing(selection))
+            say(_nothing(selection, latest))
 
 
 _Printer = Callable[[Iterable[PricedEvent]], None]
@@ -107,9 +115,13 @@ def _json_lines(events: Iterable[PricedEvent]) -> None:
         sys.stdout.write(json_line(event_json(event)) + "\n")
 
 
-def _nothing(selection: Selection) -> str:
+def _nothing(selection: Selection, latest: int) -> str:
+    if not latest:
+        return (
+            "-n 0 prints no request that has ended. To see those to come: halton-meter tail -f -n 0"
+        )
     if selection != Selection():
-        return "No requests match. Widen the period: halton-meter tail --since 30d"
+        return no_match(selection, "tail")
     return with_held(NOTHING)
 
 
@@ -210,6 +222,7 @@ class _Lines:
 def _cells(event: PricedEvent, time_text: str, narrow: bool) -> list[str]:
     usage, tokens = event.usage, event.tokens
     exe = usage.process.exe if usage.process else None
+    usd = event.list_usd
     return [
         time_text,
         shown(client_of(usage.caller.client, exe)),
@@ -218,7 +231,7 @@ def _cells(event: PricedEvent, time_text: str, narrow: bool) -> list[str]:
         count_text(tokens.input),
         count_text(tokens.cache_read),
         count_text(tokens.output),
-        _short_cost(event.list_usd) if narrow else cost_text(event.list_usd),
+        price_text(usd, usage.free, _short_cost(usd) if narrow else cost_text(usd)),
         shown(_status(event), 100),
     ]
 

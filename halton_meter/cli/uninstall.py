@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from halton_meter.cli.configured import told_here
-from halton_meter.cli.output import count, fail, note, print_json, say
+from halton_meter.cli.output import complain, count, fail, note, print_json, say
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def uninstall(*, graceful: bool, purge: bool, yes: bool, as_json: bool) -> None:
     become_the_user()
     told_here()
     undone += _undo_set_up(home, graceful, notes, as_json)
-    lines = remove_all()
+    lines, left = remove_all()
     undone += len(lines)
     notes += lines
     if purge:
@@ -66,8 +66,11 @@ def uninstall(*, graceful: bool, purge: bool, yes: bool, as_json: bool) -> None:
         print_json({"changes_undone": undone, "notes": notes, "purged": purge})
     else:
         _say_done(home, undone, notes, purge)
+    complain(*left)
     if _service_stays(home):
         note("the uprobes service stays\n  fix: sudo halton-meter uninstall")
+        sys.exit(1)
+    if left:
         sys.exit(1)
 
 

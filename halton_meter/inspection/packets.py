@@ -6,8 +6,10 @@ comes out are counts, names and the numbers of usage objects.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from capture.packets.input_files import open_file
 from capture.packets.tshark import find_tshark
 from halton_meter.model import Body
 from halton_meter.wire import formats
@@ -102,7 +105,11 @@ def _packets(path: Path, keys: Iterable[Path], folder: Path) -> Iterator[Any]:
         raise NoPyshark(f"pyshark cannot be loaded: {error}") from None
     packet_of: Any = tshark_xml.packet_from_xml_packet
     together = folder / "keys.log"  # tshark takes one
-    together.write_bytes(b"".join(each.read_bytes().rstrip(b"\n") + b"\n" for each in keys))
+    with together.open("wb") as file:
+        for each in keys:  # a pipe was read to its end, by us; what is no file either has none
+            with contextlib.suppress(OSError), open_file(each) as log:
+                shutil.copyfileobj(log, file)
+            file.write(b"\n")
     command = [find_tshark(), "-n", "-r", str(path.resolve()), "-c", str(PACKETS_MAX), "-T", "pdml"]
     home = {"HOME": str(folder), "XDG_CONFIG_HOME": str(folder), "LC_ALL": "C.UTF-8"}
     process = subprocess.Popen(

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from halton_meter.whole_file import replacing
 
 FILE = "captures.json"
 # Captures remembered, the latest ones; and what is read of a list that somebody else wrote.
@@ -25,11 +25,8 @@ def remember(home: Path, paths: Iterable[Path], from_ns: int, to_ns: int) -> Non
     new = [str(path.resolve()) for path in paths]
     kept = [each for each in _listed(home) if each["path"] not in new]
     kept += [{"path": path, "from_ns": from_ns, "to_ns": to_ns} for path in new]
-    with contextlib.suppress(OSError):
-        descriptor, made = tempfile.mkstemp(prefix=f".{FILE}-", dir=home)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(kept[-CAPTURES_MAX:], file)
-        os.replace(made, home / FILE)
+    with contextlib.suppress(OSError), replacing(home / FILE) as file:
+        file.write(json.dumps(kept[-CAPTURES_MAX:]).encode())
 
 
 def holding(home: Path, at_ns: int) -> list[Path]:

@@ -214,13 +214,23 @@ def _budgets(entries: Iterable[Mapping[str, Any]]) -> Iterator[Metric]:
         ("limit_usd", "halton_meter_budget_limit_usd", "What a budget allows a period."),
         ("spent_usd", "halton_meter_budget_spent_usd", "What was spent of it this period."),
         ("forecast_usd", "halton_meter_budget_forecast_usd", "What is expected by its end."),
+        (
+            "unpriced_requests",
+            "halton_meter_budget_unpriced_requests",
+            "Requests whose price is not known: in no sum of the budget.",
+        ),
         ("stopped", "halton_meter_budget_stopped", "1 while something is stopped at its limit."),
     ):
         yield _gauge(name, says, ["budget", "period", "of"], _values(found, field))
 
 
 def _values(found: Iterable[tuple[list[str], Mapping[str, Any]]], field: str) -> _Samples:
-    """A field of each entry: exact decimal text, a boolean, or nothing."""
+    """A field of each entry: exact decimal text, a boolean, or nothing; nothing of what was spent
+    where no request has a price.
+    """
     for labels, entry in found:
-        value = entry[field]
+        value = entry.get(field)
+        unpriced = entry.get("unpriced_requests", 0)
+        if field in ("spent_usd", "forecast_usd") and 0 < unpriced == entry["requests"]:
+            value = None
         yield labels, Decimal(value) if isinstance(value, str) else value

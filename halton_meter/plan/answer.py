@@ -86,7 +86,7 @@ class Account:
     `also` are other hashes of the same: of who is billed, where a request names no user.
 
     `overage_usd` is what its requests were billed beyond the plan since the month began (local
-    time), None where there is no plan.
+    time), None where there is no plan; `overage_unpriced` requests are missing from it.
     """
 
     provider: str
@@ -96,6 +96,7 @@ class Account:
     also: tuple[str, ...] = ()
     overage_usd: Decimal | None = None
     overage_from_ns: int | None = None
+    overage_unpriced: int = 0
 
     @property
     def as_of_ns(self) -> int:
@@ -116,6 +117,7 @@ class Account:
             "also_known_as": list(self.also),
             "as_of": rfc3339(self.as_of_ns),
             "overage_usd": usd_text(self.overage_usd),
+            "overage_unpriced_requests": self.overage_unpriced,
             "overage_since": None if since is None else rfc3339(since),
             "windows": [window.json() for window in self.windows],
         }
@@ -261,8 +263,8 @@ def _account(
     if whose.plan is None:
         return Account(whose.provider, None, name, kept, also)
     from_ns = start_of(day_of(now_ns).replace(day=1))
-    usd = reader.billed_usd(whose, from_ns, now_ns + 1)
-    return Account(whose.provider, whose.plan, name, kept, also, usd, from_ns)
+    usd, unpriced = reader.billed_usd(whose, from_ns, now_ns + 1)
+    return Account(whose.provider, whose.plan, name, kept, also, usd, from_ns, unpriced)
 
 
 _KINDS = (

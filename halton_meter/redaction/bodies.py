@@ -26,7 +26,10 @@ _SSE_START = (b"data:", b"event:", b"id:", b"retry:", b":")
 _BOUNDARY = re.compile(rb'boundary="?([^";,]{1,200})"?', re.IGNORECASE)
 _PART_NAME = re.compile(rb'name="([^"]{0,200})"', re.IGNORECASE)
 # What stays of a part's or an AWS frame's head.
-_DISPOSITION = re.compile(rb'(?i)((?:file)?name\*?=)("[^"\r\n]*"?|[^;\r\n]*)')
+_DISPOSITION = re.compile(
+    rb'(\s*;\s*)([A-Za-z-]+\*?)(\s*=\s*)("(?:\\.|[^"\\\r\n])*"?|[^;"\r\n]*)|([^;]+|;)', re.DOTALL
+)
+_DISPOSITIONS = frozenset((b"form-data", b"attachment", b"file", b"inline"))
 _MEDIA_TYPE = re.compile(rb"[A-Za-z]{1,20}/[A-Za-z0-9.+-]{1,60}(?:; ?charset=[A-Za-z0-9-]{1,20})?")
 _EVENT = re.compile(rb"(?:\A|[\r\n])(?:data|event):")
 _FRAME_BYTES_MIN = 16
@@ -303,7 +306,11 @@ def _part_line(line: bytes, filler: Filler) -> bytes:
 
 
 def _named(found: re.Match[bytes], filler: Filler) -> bytes:
-    quoted = found.group(2)
-    name = quoted.strip(b'"')
-    stays = found.group(1).lower() == b"name=" and words.is_word(name)
-    return found.group(1) + (quoted if stays else quoted.replace(name, filler.text(name)))
+    if (other := found.group(5)) is not None:
+        return other if other.strip().lower() in (*_DISPOSITIONS, b";", b"") else filler.data(other)
+    before, name, equals, value = found.group(1, 2, 3, 4)
+    text = value.strip(b'"')
+    known = name.lower() in (b"name", b"filename", b"filename*")
+    if not (name.lower() == b"name" and words.is_word(text)):
+        value = value.replace(text, filler.data(text)) if text else value
+    return before + (name if known else filler.data(name)) + equals + value

@@ -61,7 +61,7 @@ _IDS = (
 )
 _VALUE = re.compile(rb"[\w.:;,=/+*%$&?@|<>(){}\[\]^~'\"! -]{0,256}")
 _HOST = re.compile(rb"[A-Za-z0-9.:\[\]*_-]{1,255}")
-_WORD = re.compile(rb"[A-Za-z][A-Za-z_]*")
+_WORD = re.compile(rb"[A-Za-z\x80-\xff][A-Za-z_\x80-\xff]*")
 _LETTERS_MAX = 2  # of a unit or an abbreviation, which says nothing
 # What HTTP's own values are made of, names of servers and of Claude Code's own agents among them.
 _HTTP = frozenset(
@@ -129,7 +129,8 @@ def shown_value(name: bytes, value: bytes, filler: Filler) -> bytes:
     if lowered in _NAMES_LISTED:
         return b",".join([_shown_listed(each, filler) for each in value.split(b",")])
     if lowered in (b"user-agent", b"originator"):
-        return _words_only(value, filler)
+        shown = _words_only(value, filler)
+        return filler.keep(shown) if shown == value else shown
     if lowered in _LOOSE or lowered.startswith(_PREFIXES_KEPT):
         return _words_only(value, filler, _HTTP)
     if _value_stays(lowered, value):
@@ -237,12 +238,9 @@ def shown_target(target: bytes, filler: Filler) -> bytes:
     for segment in path[len(start) :].split(b"/"):
         segments.append(_shown_segment(segment, before, filler))
         before = segment
-    return (
-        start
-        + b"/".join(segments)
-        + mark
-        + b"&".join(_shown_parameter(each, filler) for each in query.split(b"&"))
-    )
+    shown = start + b"/".join(segments) + mark
+    shown += b"&".join(_shown_parameter(each, filler) for each in query.split(b"&"))
+    return filler.keep(shown) if shown == target else shown
 
 
 def _shown_segment(segment: bytes, before: bytes, filler: Filler) -> bytes:
@@ -318,13 +316,10 @@ def shown_head(head: bytes, filler: Filler) -> bytes:
         elif (found := _FIELD.fullmatch(line)) is not None:
             name, value = found.group(1), found.group(3).rstrip(b" \t")
             space = found.group(3)[len(value) :]
-            out.append(
-                shown_name(name, filler)
-                + found.group(2)
-                + shown_value(name, value, filler)
-                + space
-                + found.group(4)
-            )
+            shown = shown_name(name, filler) + found.group(2) + shown_value(name, value, filler)
+            if line.startswith(shown):  # a text that quotes this line is no trace of the text
+                filler.keep(shown)
+            out.append(shown + space + found.group(4))
         else:
             text = line.rstrip(b"\r\n")
             out.append(filler.credential(text) + line[len(text) :])

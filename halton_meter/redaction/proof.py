@@ -134,8 +134,12 @@ def _plaintexts(items: list[TlsChunk | TlsClosed]) -> Iterator[tuple[str, bytes]
 class _Search:
     def __init__(self, filler: Filler) -> None:
         self._windows = {each for each in filler.windows if not _FILLER_ONLY.fullmatch(each)}
-        self._secrets = [each for each in filler.secrets if not _FILLER_ONLY.fullmatch(each)]
         self._kept = b"\0".join(filler.kept)
+        self._secrets = [
+            each
+            for each in filler.secrets
+            if not _FILLER_ONLY.fullmatch(each) and each not in self._kept
+        ]
         self.found: list[str] = []
 
     def look(self, where: str, text: bytes) -> None:

@@ -108,7 +108,7 @@ def _nothing(old: proof.Read) -> str:
         return "it holds no TCP connection"
     if findings.not_wanted:
         return "all that it holds goes to hosts of no known provider"
-    return "nothing that was said stands in it"
+    return "it holds no decrypted request"
 
 
 class _Listening(Conversations):

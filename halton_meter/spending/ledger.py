@@ -25,6 +25,7 @@ from halton_meter.budget import Bucket, Spent
 from halton_meter.contract import usd_text
 from halton_meter.spending import spent as lines
 from halton_meter.spending.sums import Amount, Baseline, Sums
+from halton_meter.whole_file import replacing
 
 FOLDER_NAME = "budgets"
 FILE_NAME, LOCK_NAME, REFRESH_LOCK_NAME = "spending.ndjson", "lock", "refresh.lock"
@@ -208,19 +209,11 @@ def write_whole(path: Path, parts: Iterable[bytes], durably: bool = False) -> No
 
     `durably`: it survives a power failure, for the price of waiting for the disk.
     """
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        with os.fdopen(os.open(fresh, flags, 0o600), "wb") as file:
-            file.writelines(parts)
-            if durably:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(fresh, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            fresh.unlink()
-        raise
+    with replacing(path) as file:
+        file.writelines(parts)
+        if durably:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 # --- the baseline as a line -----------------------------------------------------------------------

@@ -8,6 +8,7 @@ Pure; what time it is comes as an argument. Nothing here raises for what a clien
 
 from __future__ import annotations
 
+import math
 import os
 import time
 
@@ -76,12 +77,24 @@ def money(amount: float | None, at_least: bool = False) -> str:
         return "$?"
     least = "≥" if at_least else ""
     if 0 < amount < 0.005:
-        return f"{least}<$0.01"
+        return f"≥${_first_digit(amount)}" if at_least else "<$0.01"
     return f"{least}${amount:,.2f}" if amount < 10_000 else f"{least}${amount:,.0f}"
 
 
+def _first_digit(amount: float) -> str:
+    """A small amount to its first digit, rounded down: a lower bound is not to be more."""
+    places = -math.floor(math.log10(amount))
+    return f"{math.floor(round(amount * 10**places, 6)) / 10**places:.{places}f}"
+
+
 def _sum_text(sums: dict[str, object]) -> str:
-    return money(number(sums, "usd"), bool(number(sums, "unpriced")))
+    unpriced = number(sums, "unpriced") or 0
+    return money(number(sums, "usd") if _is_known(sums, unpriced) else None, unpriced > 0)
+
+
+def _is_known(sums: dict[str, object], unpriced: float) -> bool:
+    """Whether anything of it has a price, or there is nothing."""
+    return not unpriced or unpriced < (number(sums, "requests") or math.inf)
 
 
 def _session_part(said: dict[str, object], session: dict[str, object], paint: _Paint) -> str:
@@ -123,9 +136,10 @@ def _budget_part(
         ends = number(budget, "ends_at")
         if ends is not None and ends <= now:
             continue
-        tied = {name for name in ties if budget.get(name) is not None}
+        # Of a limit for each project, the sum of requests without a project is tied as well.
+        tied = {name for name in ties if name == budget.get("each") or budget.get(name) is not None}
         rank = 1 if not tied else 0
-        if tied == {"session"} and budget.get("session") == session:
+        if tied == {"session"} and session is not None and budget.get("session") == session:
             rank = 2
         if tied == {"project"} and project is not None and budget.get("project") == project:
             rank = 3
@@ -135,7 +149,8 @@ def _budget_part(
     if spent is None or not limit:
         return ""
     name = text(best, "project") if best_rank == 3 else text(best, "name")
-    line = f"{name or 'budget'} {money(spent, best.get('at_least') is True)} of {money(limit)}"
+    known = spent if _is_known(best, number(best, "unpriced_requests") or 0) else None
+    line = f"{name or 'budget'} {money(known, best.get('at_least') is True)} of {money(limit)}"
     if best.get("stopped") is True:
         return paint("alarm", f"{line} stopped")
     return paint(_level(spent / limit), line)

@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from halton_meter import config
 from halton_meter.budget import Budget
 from halton_meter.cli import main
+from halton_meter.cli.budget_view import table
 from halton_meter.live.stopping import Stopper, identity
 from halton_meter.spending import ledger, stops
 from halton_meter.spending.stops import Stop
@@ -75,7 +76,9 @@ def test_a_budget_is_set_changed_listed_and_removed(home: Path) -> None:
     ("words", "said"),
     [
         (("set", "web"), "there is no budget 'web' to change; a new one needs its limit"),
-        (("set", "a b", "5"), "'a b' is no name for a budget"),
+        (("set", "a b", "5"), "'a b' is no name for a budget: it has 40 ASCII letters, digits, _"),
+        (("set", "a" * 41, "5"), "40 ASCII letters, digits, _ . and - at most, the first a letter"),
+        (("set", "a", "-5"), "No such option '-5'; amounts are written without a minus sign"),
         (("set", "web", "12.345"), 'dollars and cents, such as 20 or "12.50", not "12.345"'),
         (("set", "web", "5", "--at", "half"), "write percentages such as 50,80,100"),
         (("set", "web", "5", "--action", "kill"), "'kill' is not one of"),
@@ -162,12 +165,23 @@ def test_status_shows_sums_forecast_and_what_has_no_price(home: Path) -> None:
     assert any(line.startswith("models claude-opus-5-5  at least $8.50") for line in lines)
     assert any(line.startswith("models gpt-5") and "$1.00" in line for line in lines)
     assert any(line.startswith("talk 0199-a") and "$9.50" in line for line in lines)
-    assert "1 request has no price" in out
+    assert "Some requests have no price" in out
     told = json.loads(budget("status", "web", "--json").output)
     assert told["trouble"] is None
     assert [(each["name"], each["spent_usd"]) for each in told["budgets"]] == [("web", "8.5")]
     published = json.loads((home / "budget-status.json").read_text())
     assert {each["name"] for each in published["budgets"]} == {"web", "models", "talk"}
+
+
+def test_what_is_spent_is_not_known_where_nothing_has_a_price(home: Path) -> None:
+    budget("set", "web", "10", "--per", "day")
+    spend(home, None)
+    line = budget("status").output.splitlines()[1]
+    assert "not known (1 unpriced)" in line
+    assert "$0.00" not in line.replace("$10.00", "")
+    assert budget("check").output == "web: not known (1 unpriced), of $10.00\n"
+    said = budget("set", "web", "20").output
+    assert "Spent so far: not known (1 unpriced).\n" in said
 
 
 @pytest.mark.parametrize(
@@ -199,6 +213,20 @@ def test_check_of_a_store_that_cannot_be_read_is_not_known(home: Path) -> None:
     done = budget("check")
     assert done.exit_code == 3
     assert "may miss the latest requests" in done.output
+
+
+def test_check_says_over_for_nothing_else(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget("set", "website", "5", "--per", "day")
+    done = budget("check", "webste")
+    assert (done.exit_code, done.output) == (
+        2,
+        "halton-meter: there is no budget 'webste'\n  fix: did you mean website?\n",
+    )
+    (home / "config.toml").write_text("budgets = 5\n")
+    assert budget("check").exit_code == 3
+    monkeypatch.setenv("HALTON_METER_HOME", str(home / "config.toml"))
+    done = budget("check")
+    assert (done.exit_code, "config.toml is not a folder" in done.output) == (3, True)
 
 
 def test_check_counts_what_is_in_no_database_yet(home: Path) -> None:
@@ -311,3 +339,41 @@ def test_more_is_not_allowed_where_that_would_change_nothing(
     assert done.exit_code == code
     assert said in done.output
     assert stops.read(home / "budgets").more == {}
+
+
+def test_requests_without_a_price_are_in_no_sum_of_any_budget(home: Path) -> None:
+    home.mkdir()
+    spend(home, "1", None)
+    for name in ("daily", "monthly"):
+        budget("set", name, "10", "--per", "day" if name == "daily" else "month")
+    said = budget("status").output
+    assert said.count("at least $1.00  $10.00") == 2
+    assert said.endswith(
+        "Some requests have no price: they are in no sum. See: halton-meter report --by model\n"
+    )
+
+
+def test_a_budget_for_each_project_names_the_sum_of_those_without_one(home: Path) -> None:
+    home.mkdir()
+    spend(home, "1", project=None)
+    budget("set", "every", "10", "--per", "day", "--each", "project")
+    assert "every -  " in budget("status").output
+    assert budget("check").output == "every -: under, $1.00 of $10.00 (10 %)\n"
+
+
+def test_a_forecast_from_a_lower_bound_is_one_too() -> None:
+    entry = {
+        "name": "web",
+        "of": None,
+        "each": None,
+        "spent_usd": "1",
+        "limit_usd": "10",
+        "forecast_usd": "3",
+        "percent": 10.0,
+        "requests": 2,
+        "unpriced_requests": 1,
+        "at_least": True,
+        "ends_at": None,
+    }
+    assert "at least $3.00" in table([entry])
+    assert "at least" not in table([{**entry, "unpriced_requests": 0, "at_least": False}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -177,6 +178,20 @@ def test_check_without_a_file(home: Path) -> None:
     assert (done.exit_code, "the defaults count" in done.stdout) == (0, True)
 
 
+def test_check_of_a_file_that_is_none(home: Path, tmp_path: Path) -> None:
+    for named, said in (
+        (tmp_path, "this is a folder, not a file; name a TOML file"),
+        (Path("/dev/null"), "this is not a file; name a TOML file"),
+        (tmp_path / "none.toml", "no such file; name a TOML file"),
+    ):
+        done = config("check", str(named))
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert done.stderr == f"halton-meter: {named}: {said}\n"
+    (home / "config.toml").mkdir(parents=True)
+    done = config("check", str(home / "config.toml"))
+    assert done.stderr.endswith(f"mv {home}/config.toml {home}/config.toml.old\n")
+
+
 def test_path(home: Path) -> None:
     assert config("path").stdout == f"{home / CONFIG_NAME}\n"
     assert config("path", "--system").stdout == "/etc/halton-meter/config.toml\n"
@@ -230,3 +245,40 @@ def test_reload_without_a_service_says_so(home: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("halton_meter.accounts.is_root", lambda: False)
     done = config("reload")
     assert (done.exit_code, "no service runs" in done.stderr) == (1, True)
+
+
+def test_what_is_no_file_is_not_edited(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor(tmp_path, monkeypatch, "true")
+    os.mkfifo(home / CONFIG_NAME)
+    done = config("edit")
+    assert done.exit_code == 1
+    assert f"{home / CONFIG_NAME}: " in done.stderr
+    assert "pipe, not a file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("is_set_up", "fix"),
+    [
+        (False, "halton-meter stop --via proxy; halton-meter start --via proxy"),
+        (True, "halton-meter init"),
+    ],
+)
+def test_another_port_is_said_to_wait_for_the_command_that_moves_the_proxy(
+    home: Path, monkeypatch: pytest.MonkeyPatch, is_set_up: bool, fix: str
+) -> None:
+    def ask(home: Path, what: str, *, name: str) -> dict[str, object] | None:
+        assert what == "reload"
+        is_proxy = name == "proxy.sock"
+        return {"reloaded": True, "addresses": ["127.0.0.1:8081"]} if is_proxy else None
+
+    monkeypatch.setattr("halton_meter.live.control.ask_service", ask)
+    if is_set_up:
+        (home / "changes.json").write_text("{}")
+    assert "the local proxy uses it from now on" in config("set", "retention_days", "90").stdout
+    said = config("set", "proxy.port", "9999").stdout
+    assert said.endswith(
+        "  the local proxy uses it, except for the port: it listens on 127.0.0.1:8081 until you "
+        f"run: {fix}\n"
+    )

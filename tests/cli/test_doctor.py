@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +15,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from halton_meter.cli import doctor, main
-from halton_meter.cli.doctor import Finding
-from halton_meter.store import Store, errors
+from halton_meter.cli.doctor import Finding, _coverage
+from halton_meter.store import Store, StoreBusy, errors
 from tests.support.made import made
+from tests.support.other_user import UID, needs_root
 
 
 @pytest.fixture
@@ -73,6 +78,87 @@ def test_a_database_that_cannot_be_read_breaks(home: Path) -> None:
     store.append([made("b")])
     store.flush()
     assert "put aside, its events are missing" in run(1).stdout
+
+
+def test_a_database_that_is_a_link_to_nothing(home: Path, tmp_path: Path) -> None:
+    (home / "meter.duckdb").symlink_to(tmp_path / "disk" / "meter.duckdb")
+    said = run(3).stdout
+    assert said.startswith("broken\n")
+    assert (
+        f"✗ database: {home}/meter.duckdb leads to {tmp_path}/disk/meter.duckdb, which is" in said
+    )
+    (tmp_path / "disk").mkdir()
+    assert run(0).stdout.startswith("healthy\n")
+
+
+@needs_root
+def test_a_data_folder_that_its_owner_may_not_enter_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        place = Path(name)
+        place.chmod(0o755)
+        monkeypatch.setenv("HALTON_METER_HOME", str(place / "home"))
+        monkeypatch.setenv("HOME", str(place))
+        (place / "home").mkdir()
+        run(0)  # what it imports is not another user's to read
+        os.chown(place / "home", UID, UID)
+        (place / "home").chmod(0)
+        os.seteuid(UID)
+        try:
+            said = run(3).stdout
+        finally:
+            os.seteuid(0)
+    assert said.startswith("broken\n")
+    assert "✗ disk space: nothing can be stored: " in said
+    assert f"✗ database: {place}/home/meter.duckdb: Permission denied" in said
+    assert "✗ settings: " in said
+
+
+def test_a_check_that_the_system_refuses_keeps_no_other_from_being_made(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> Any:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(os, "statvfs", refused)
+    said = run(3).stdout
+    assert said.startswith("broken\n")
+    assert f"✗ data folder: {home}: Input/output error" in said
+    assert "✓ prices:" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="uprobes are Linux's")
+@pytest.mark.parametrize(
+    ("runs", "ok", "what"),
+    [
+        (True, True, "uprobes count every connection to a provider"),
+        (
+            False,
+            None,
+            "uprobes would count every connection to a provider, once the service runs",
+        ),
+    ],
+)
+def test_nothing_is_counted_while_no_service_runs(
+    monkeypatch: pytest.MonkeyPatch, runs: bool, ok: bool | None, what: str
+) -> None:
+    monkeypatch.setattr("capture.environment.missing_tracepoints", list)
+    found = _coverage(runs)
+    assert (found.ok, found.what) == (ok, what)
+
+
+def test_a_database_that_stays_locked_is_not_healthy(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reading(*_: object) -> None:
+        raise StoreBusy("Another process keeps it locked.")
+
+    with Store(home) as store:
+        store.append([made("a")])
+        store.flush()
+    monkeypatch.setattr(Store, "reading", reading)
+    said = run(1).stdout
+    assert said.startswith("degraded\n")
+    assert "✗ database: Another process keeps it locked." in said
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,31 @@ def test_a_process_that_is_gone_is_an_error() -> None:
         ways(process.pid, PROXY, CA)
 
 
+@pytest.mark.parametrize(
+    ("root", "uid", "what", "fix"),
+    [
+        (False, 7, "whose programs you may not look into", "sudo -u ann halton-meter"),
+        (False, 0, "whose programs you may not look into", "su -c 'halton-meter"),
+        (True, 0, "and the system does not let even root look into it", "name another process"),
+    ],
+)
+def test_what_may_not_be_looked_into_is_told_with_who_may(
+    monkeypatch: pytest.MonkeyPatch, root: bool, uid: int, what: str, fix: str
+) -> None:
+    monkeypatch.setattr("halton_meter.cli.doctor_process._environment", lambda pid: None)
+    monkeypatch.setattr("halton_meter.cli.doctor_process.is_root", lambda: root)
+    monkeypatch.setattr(
+        "capture.processes.proc.read_process", lambda pid: Process(pid, 1, user="ann", uid=uid)
+    )
+    with pytest.raises(Unavailable) as raised:
+        ways(os.getpid(), PROXY, CA)
+    problem = raised.value.problems[0]
+    assert problem.what.endswith(what)
+    assert problem.fix.startswith(fix)
+
+
 def test_another_users_process_is_named_with_whom_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halton_meter.cli.doctor_process.is_root", lambda: False)
     monkeypatch.setattr("halton_meter.cli.doctor_process._environment", lambda pid: None)
     monkeypatch.setattr(
         "capture.processes.proc.read_process", lambda pid: Process(pid, 1, user="ann", uid=7)

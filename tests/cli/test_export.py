@@ -126,6 +126,17 @@ def test_a_file_that_exists_is_replaced_only_when_told_to(
     assert target.stat().st_mode & 0o077 == 0
 
 
+def test_a_link_stays_one_and_its_file_is_replaced(home: Path, tmp_path: Path) -> None:
+    keep(home, *EVENTS)
+    link, file = tmp_path / "spend.csv", tmp_path / "elsewhere.csv"
+    link.symlink_to(file)
+    assert export("csv", str(link)).exit_code == 0
+    assert (link.is_symlink(), len(file.read_text().splitlines())) == (True, 4)
+    file.write_text("old")
+    assert export("csv", str(link), "--force").exit_code == 0
+    assert (link.is_symlink(), len(file.read_text().splitlines())) == (True, 4)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_selection_is_exported(home: Path, tmp_path: Path, form: str) -> None:
     keep(home, *EVENTS)

@@ -132,6 +132,13 @@ def test_a_pipe_and_a_device_are_named_as_such(tmp_path: Path) -> None:
     assert "/dev/zero: is a device, not a file" in said("inspect", "/dev/zero", code=1)
 
 
+def test_a_key_log_without_end_is_named_and_not_read() -> None:
+    capture = str(FOLDER / "anthropic_message.pcapng")
+    told = said("inspect", capture, "--keys", "/dev/zero")
+    assert "/dev/zero: is a device, not a file" in told
+    assert told.replace("  /dev/zero: is a device, not a file\n", "") == said("inspect", capture)
+
+
 def test_what_is_not_known_is_no_zero_and_no_python() -> None:
     unknown = dict.fromkeys(("input", "output"))
     assert inspect_command._tokens_text(unknown) == "not stated"

@@ -41,6 +41,31 @@ def test_printed_and_written_are_the_same(home: Path, tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()].count("halton.prom") == 1
 
 
+def test_what_is_no_file_is_written_into_and_stays_what_it_is(home: Path, tmp_path: Path) -> None:
+    printed = CliRunner().invoke(main, ["metrics"]).output
+    full = CliRunner().invoke(main, ["metrics", "--output", "/dev/full"])
+    assert (full.exit_code, Path("/dev/full").is_char_device()) == (1, True)
+    assert full.stderr.startswith(
+        "halton-meter: cannot write /dev/full: No space left on device\n  fix: "
+    )
+    os.mkfifo(pipe := tmp_path / "pipe")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    assert CliRunner().invoke(main, ["metrics", "--output", str(pipe)]).exit_code == 0
+    assert (os.read(reader, 1 << 20).decode(), pipe.is_fifo()) == (printed, True)
+    os.close(reader)
+    dash = CliRunner().invoke(main, ["metrics", "--output", "-"])
+    assert (dash.exit_code, dash.output) == (0, printed)
+
+
+def test_a_link_stays_one_and_its_file_is_replaced(home: Path, tmp_path: Path) -> None:
+    link, file = tmp_path / "halton.prom", tmp_path / "elsewhere.prom"
+    link.symlink_to(file)
+    for _ in range(2):  # a file that is not there yet, and one that is
+        assert CliRunner().invoke(main, ["metrics", "--output", str(link)]).exit_code == 0
+        assert link.is_symlink()
+        assert file.read_text() == CliRunner().invoke(main, ["metrics"]).output
+
+
 def test_a_budget_is_among_them(home: Path) -> None:
     done = CliRunner().invoke(main, ["budget", "set", "acme", "2", "--per", "day"])
     assert done.exit_code == 0, done.output

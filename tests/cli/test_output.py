@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from decimal import Decimal
 from pathlib import Path
 
@@ -11,7 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from halton_meter.cli import main, output
-from halton_meter.problem import Problem
+from halton_meter.config import ConfigError
+from halton_meter.problem import Problem, Unavailable
+from halton_meter.store import Store
+from tests.support.made import NOON_NS, made
 
 # --- failing --------------------------------------------------------------------------------------
 
@@ -148,9 +153,147 @@ def test_a_command_for_sudo_is_one_that_sudo_finds(
     monkeypatch.setattr("halton_meter.cli.output.SUDO_FOLDERS", (str(system),))
     monkeypatch.setattr("sys.argv", [str(ours), "status"])
     assert output.as_typed(said) == f"stopped\n  start the service: sudo '{ours}' start"
+    assert output.as_typed("sudo -u ann halton-meter doctor") == f"sudo -u ann '{ours}' doctor"
     assert output.as_typed("halton-meter report") == "halton-meter report"
     (system / "halton-meter").touch()
     assert output.as_typed(said) == said
     monkeypatch.setattr("sys.argv", ["-m"])
     (system / "halton-meter").unlink()
     assert output.as_typed(said) == said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect"],
+        ["replay"],
+        ["export", "sqlite"],
+        ["run", "--via", "proxy", "--json-summary", "NAME", "--", "touch", "ran"],
+        ["record", "NAME", "--via", "proxy", "--", "touch", "ran"],
+    ],
+)
+def test_a_name_that_the_system_refuses_is_told_before_anything_runs(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALTON_METER_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    name = "n" * 300
+    words = [name if word == "NAME" else word for word in command]
+    words += [] if "NAME" in command else [name]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code in (1, 2), done.output
+    assert name in done.stderr
+    assert "File name too long" in done.stderr
+    assert "fix: " in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "what", "fix"),
+    [
+        (PermissionError(13, "Permission denied", "/a b/c"), "/a b/c: Permission denied", "'/a b'"),
+        (OSError(28, "No space left on device", b"/a/c"), "/a/c: No space left on device", "df -h"),
+        (ConfigError("no such user", "id"), "no such user", "id"),
+        (Unavailable([Problem("no BTF", "use the proxy")]), "no BTF", "use the proxy"),
+    ],
+)
+def test_what_no_command_caught_is_a_problem(error: Exception, what: str, fix: str) -> None:
+    (problem,) = output.problems_of(error)
+    assert problem.what == what
+    assert fix in problem.fix
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), OSError(5, "EIO"), OSError(9, "x", 3)])
+def test_a_fault_of_ours_is_none(error: Exception) -> None:
+    assert output.problems_of(error) == ()
+
+
+@pytest.mark.parametrize(
+    ("amount", "unpriced", "cell", "words"),
+    [
+        ("1.25", 0, "$1.25", "$1.25 list price"),
+        ("1.25", 4, "$1.25+", "at least $1.25 list price (4 requests unpriced)"),
+        ("0", 1, "$0.00+", "at least $0.00 list price (1 request unpriced)"),
+        (None, 2, "unpriced", "list price not known (2 requests unpriced)"),
+        (None, 0, "unpriced", "list price not known"),
+    ],
+)
+def test_a_sum_from_which_unpriced_requests_are_missing_says_so(
+    amount: str | None, unpriced: int, cell: str, words: str
+) -> None:
+    usd = None if amount is None else Decimal(amount)
+    assert output.sum_text(usd, unpriced) == cell
+    assert output.sum_words(usd, unpriced, output.money_text(usd)) == words
+
+
+@pytest.mark.parametrize(
+    ("number", "otherwise", "fix"),
+    [
+        (errno.ENOSPC, None, "df -h '/a b'"),
+        (errno.EDQUOT, "name another file", "df -h '/a b'"),
+        (errno.EACCES, None, "ls -ld '/a b'"),
+        (errno.EACCES, "name another file", "name another file"),
+    ],
+)
+def test_a_full_disk_is_not_a_question_of_rights(
+    number: int, otherwise: str | None, fix: str
+) -> None:
+    assert output.look_at(OSError(number, "x"), "/a b", otherwise) == fix
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("pricing", "set", "m", "--rate", "input=1"),
+        ("metrics", "--output", "{}/metrics.prom"),
+        ("man", "--install", "--folder", "{}/man"),
+        ("statusline", "install"),
+    ],
+)
+def test_what_a_full_disk_refuses_names_the_disk(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("HALTON_METER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path / "claude"))
+    with Store(tmp_path / "home") as store:
+        store.append([made()])
+        store.flush()
+    # What every writer calls: of a module, what is imported meanwhile would keep the stand-in.
+    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(Path, "write_text", full)
+    done = CliRunner().invoke(main, [word.format(tmp_path) for word in command])
+    assert done.exit_code == 1, done.output
+    assert "No space left on device" in done.stderr
+    assert "fix: df -h " in done.stderr
+
+
+def test_a_span_within_a_minute_has_seconds() -> None:
+    minute, second = 60 * 10**9, 10**9
+    at_ns = NOON_NS
+    assert output.span_text(at_ns, at_ns + 2 * minute)[10:].count(":") == 2
+    first, last = output.span_text(at_ns, at_ns + 5 * second).split(" to ")
+    assert (first[-3:], last[-3:]) == (":00", ":05")
+    assert output.span_text(at_ns, at_ns) == first
+
+
+def test_a_lower_bound_is_an_amount_and_no_upper_bound() -> None:
+    tiny = Decimal("0.000001234")
+    assert output.money_text(tiny) == "<$0.01"
+    assert output.money_text(tiny, at_least=True) == "$0.000001"
+    assert output.sum_text(tiny, 1) == "$0.000001+"
+    assert output.sum_text(tiny, 0) == "<$0.01"
+    assert output.money_text(Decimal("0.0049"), at_least=True) == "$0.004"
+    assert output.sum_text(Decimal("-0.0049"), 1) == "-$0.005+"
+
+
+def test_columns_stand_under_each_other_also_behind_wide_letters_and_accents() -> None:
+    accented = "cafe\u0301"
+    rows = [("日本語", "1"), (accented, "2"), ("abc", "3")]
+    text = output.aligned(["NAME", "N"], rows, {"N"})
+    assert text.split("\n") == ["NAME    N", "日本語  1", f"{accented}    2", "abc     3"]
+    assert output.shown("日本語プロジェクト", 8) == "日本語…"
+    assert output.shown("日本語プロジェクト", 18) == "日本語プロジェクト"
+    assert output.aligned_line(["日本", "x"], [(6, False), (3, True)]) == "日本      x"

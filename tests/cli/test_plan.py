@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from halton_meter.cli import main
-from halton_meter.model import Caller, LimitKind, LimitReading, PricedEvent, Process
+from halton_meter.model import Basis, Caller, LimitKind, LimitReading, PricedEvent, Process
 from halton_meter.store import Store
 from halton_meter.store.limits import KEPT_DAYS, LimitLines
 from tests.support.limits import FIVE, SEVEN, plan_limits
@@ -212,6 +212,14 @@ def test_overage_is_in_dollars(home: Path) -> None:
     said = run("--at", at)
     assert "overage: $12.35 billed beyond the plan since Mar 1; 13 % of its limit" in said
     assert "used up until 17:00" in said
+    odd = request("e10", 166, "1.00", "0.48")
+    keep(home, replace(odd, list_usd=None, marginal_usd=None, basis=Basis.UNPRICED))
+    (account,) = asked("--at", at)["accounts"]
+    assert (account["overage_usd"], account["overage_unpriced_requests"]) == ("12.3456", 1)
+    assert (
+        "overage: at least $12.35 billed beyond the plan since Mar 1 (1 request unpriced); "
+        "13 % of its limit"
+    ) in run("--at", at)
 
 
 def test_an_api_keys_rates(home: Path) -> None:
@@ -302,6 +310,14 @@ def test_a_report_says_what_is_left_now(home: Path, monkeypatch: pytest.MonkeyPa
         )
 
 
+def test_a_filter_that_no_account_matches_is_not_nothing_seen(home: Path) -> None:
+    keep(home, *DAY)
+    for options in (("--provider", "zz"), ("--account", "zz")):
+        said = run("--at", AT, *options)
+        assert said == "No account matches. All that are known: halton-meter plan\n"
+        assert "No readings match." in run("--history", "--at", AT, *options)
+
+
 def test_nothing_stored_and_no_limit_seen_are_said(home: Path) -> None:
     assert "No limits seen" in run()
     assert asked()["accounts"] == []
@@ -352,3 +368,11 @@ def test_readings_are_no_events_to_whoever_counts_what_waits(home: Path) -> None
         store.append(DAY)
         assert store.waiting() == len(DAY)
         assert store.flush().stored == len(DAY)
+
+
+def test_since_is_of_the_history() -> None:
+    done = CliRunner().invoke(main, ["plan", "--since", "30d"])
+    assert (done.exit_code, done.output) == (
+        2,
+        "halton-meter: --since needs --history\n  fix: halton-meter plan --history --since 30d\n",
+    )

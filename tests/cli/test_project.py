@@ -164,3 +164,8 @@ def test_without_a_store_rules_can_be_set_and_shown(
     run("project", "set", "acme", "--path", "/src")
     assert "acme" in run("project", "list").stdout
     assert "Nothing metered yet" in run("retag", "--rules").stdout
+
+
+def test_an_alias_that_is_none_is_not_removed(home: Path) -> None:
+    said = run("project", "alias", "a", "b", "--remove").stdout
+    assert said.startswith("'a' is no alias of 'b', in ")

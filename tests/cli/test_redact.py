@@ -94,7 +94,7 @@ def test_a_capture_of_other_hosts_or_without_plaintext_is_told_as_what_it_is(
     assert "all that it holds goes to hosts of no known provider" in other
     cut = tmp_path / "cut.pcapng"
     cut.write_bytes(CAPTURE.read_bytes()[:2500])
-    assert "nothing that was said stands in it" in said(str(cut), str(tmp_path / "new"), code=1)
+    assert "it holds no decrypted request" in said(str(cut), str(tmp_path / "new"), code=1)
 
 
 def test_comments_and_names_that_a_capture_holds_beside_packets_are_left_out(

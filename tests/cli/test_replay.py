@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -13,6 +19,7 @@ from halton_meter.cli import main
 from tests.support.recorder.packets import pcap, write
 from tests.support.recorder.relay import record
 from tests.support.recorder.scenarios import every
+from tests.support.waiting import wait_until
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "pcaps"
 PLAIN = FIXTURES / "anthropic_message.pcapng"
@@ -67,7 +74,7 @@ def test_what_shares_an_id_and_what_was_stored_before_is_said() -> None:
     shared = "  2 requests share another's response id, each counted\n"
     total = "3 requests in 1 file: $0.018675 list price\n"
     assert call(capture, "--quiet", "--store").stdout == total + shared
-    before = "  3 events stored before, by another source or a second time: counted once\n"
+    before = "  3 requests are in the store already: counted once\n"
     assert call(capture, "--quiet", "--store").stdout == total + before + shared
 
 
@@ -177,6 +184,30 @@ def test_events_that_no_disk_takes_are_an_error_and_not_said_to_wait(home: Path)
     assert len(events(CliRunner().invoke(main, ["events", "--json"]))) == 1
 
 
+@pytest.mark.parametrize("damage", ["empty", "zeros", "cut off", "a folder"])
+def test_a_damaged_database_is_left_as_it_is_and_events_wait(home: Path, damage: str) -> None:
+    assert call(PLAIN, "--store").exit_code == 0
+    path = home / "meter.duckdb"
+    if damage == "a folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        raw = {"empty": b"", "zeros": bytes(5000), "cut off": path.read_bytes()[:5000]}
+        path.write_bytes(raw[damage])
+    done = call(FIXTURES / "openai_chat_gzip.pcapng", "--store", "--quiet")
+    assert (done.exit_code, "1 request in 1 file" in done.stdout) == (1, True)
+    assert done.stderr.startswith(f"halton-meter: {path} is damaged: ")
+    assert done.stderr.endswith(
+        "Nothing was changed; new events wait in the journal. "
+        f"Keep the file and start a new one: mv {path} {path}.damaged\n"
+    )
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+    assert [each.name for each in home.glob("meter.duckdb*")] == ["meter.duckdb"]
+    path.rename(f"{path}.damaged")
+    listed = CliRunner().invoke(main, ["events", "--json"]).stdout.splitlines()
+    assert [json.loads(line)["provider"] for line in listed] == ["openai"]
+
+
 def test_nothing_is_stored_unless_asked(home: Path) -> None:
     assert call(PLAIN).exit_code == 0
     assert not home.exists()
@@ -241,3 +272,58 @@ def test_a_dash_is_standard_input(tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "halton-meter: standard input does not start like" in done.stderr
     assert CliRunner().invoke(main, ["replay", "-", "-"], input=raw).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b"", "is empty"),
+        (gzip.compress(b"no capture", mtime=0), "does not start like a pcap or pcapng file"),
+        (b"\x28\xb5\x2f\xfd more", "is compressed with zstd; unpack it first: zstd -d FILE"),
+    ],
+    ids=["empty", "gzip", "zstd"],
+)
+def test_what_is_no_capture_is_told_of_standard_input(raw: bytes, said: str) -> None:
+    done = CliRunner().invoke(main, ["replay", "-"], input=raw)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"halton-meter: standard input {said}\n  fix: ")
+    packed = CliRunner().invoke(
+        main, ["replay", "-", "--json"], input=gzip.compress(PLAIN.read_bytes())
+    )
+    assert packed.stdout == call(PLAIN, "--json").stdout
+
+
+def test_what_has_no_end_and_is_no_capture_is_not_copied(tmp_path: Path) -> None:
+    with open("/dev/zero", "rb") as zeros:
+        done = piped(tmp_path, zeros)
+        _, said = done.communicate(timeout=60)
+    assert (done.returncode, list(tmp_path.glob("tmp/*"))) == (1, [])
+    assert "standard input does not start like a pcap or pcapng file" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_of_standard_input_behind(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    process = piped(tmp_path, subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write((PLAIN.read_bytes() * 200).decode("latin-1"))
+    process.stdin.flush()
+    wait_until(lambda: list(tmp_path.glob("tmp/*/standard input")), "the copy")
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    process.stdin.close()
+    assert list(tmp_path.glob("tmp/*")) == []
+
+
+def piped(tmp_path: Path, stdin: Any) -> subprocess.Popen[str]:
+    """`replay -` as a process of its own, with a folder of its own for temporary files."""
+    (tmp_path / "tmp").mkdir()
+    return subprocess.Popen(
+        [sys.executable, "-m", "halton_meter", "replay", "-"],
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="latin-1",
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+    )

@@ -40,6 +40,12 @@ def run(*arguments: str) -> str:
     return result.stdout
 
 
+def test_the_last_day_is_a_lower_bound_where_a_request_is_unpriced(home: Path) -> None:
+    keep(home, made("a", "7.5"), made("b", None))
+    assert "the last day $7.5000+\n" in run()
+    assert json.loads(run("--json"))["trend"][-1]["unpriced_requests"] == 1
+
+
 def test_the_picture_names_cost_groups_shares_and_doubts(home: Path) -> None:
     keep(
         home,
@@ -51,6 +57,7 @@ def test_the_picture_names_cost_groups_shares_and_doubts(home: Path) -> None:
     text = run()
     assert "$10.00" in text
     assert "75.0" in text
+    assert "\nat least $10.00 list price (1 request unpriced)\n" in text
     assert "unpriced, not free" in text
     assert "halton-meter pricing set brand-new --provider anthropic" in text
     assert "\n1 request incomplete (bytes lost): figures may be too low." in text
@@ -181,3 +188,54 @@ def test_times_of_a_period_are_local(home: Path, monkeypatch: pytest.MonkeyPatch
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+def test_every_sum_from_which_unpriced_requests_are_missing_shows_it(home: Path) -> None:
+    at_ns = NOON_NS
+    keep(home, made("a", "2.5", at_ns=at_ns), made("b", None, at_ns=at_ns + 1))
+    keep(home, made("c", None, at_ns=at_ns + 2, project="api"))
+    assert "$2.5000+" in run("--by", "project")
+    assert "$2.5000+" in run("--by", "project", "--plot")
+    command = CliRunner()
+    listed = command.invoke(main, ["project", "list"]).output.splitlines()
+    assert [line.split()[:3] for line in listed[1:]] == [
+        ["web", "2", "$2.50+"],
+        ["api", "1", "unpriced"],
+    ]
+    shown = command.invoke(main, ["project", "show", "web"]).output
+    assert "2 requests, at least $2.50 list price (1 request unpriced)\n" in shown
+    assert "/src/web  2  $2.50+" in shown
+    shown = command.invoke(main, ["project", "show", "api"]).output
+    assert "1 request, list price not known (1 request unpriced)\n" in shown
+    told = json.loads(command.invoke(main, ["project", "show", "web", "--json"]).output)
+    assert (told["list_usd"], told["unpriced_requests"]) == ("2.5", 1)
+    assert told["folders"][0]["unpriced_requests"] == 1
+    older = command.invoke(main, ["purge", "--before", "2026-03-11", "--dry-run"]).output
+    assert "at least $2.50 list price (2 requests unpriced)" in older
+
+
+def test_times_that_are_equal_are_not_to_be_swapped(home: Path) -> None:
+    times = ("--from", "2026-11-23T09:30", "--to", "2026-11-23T09:30")
+    done = CliRunner().invoke(main, ["report", *times])
+    assert done.exit_code == 2
+    assert "the period ends when it begins: --from 2026-11-23T09:30 --to" in done.stderr
+    assert "fix: write a later --to" in done.stderr
+    times = ("--from", "2026-11-23T09:30", "--to", "2026-11-23T09:20")
+    assert "swap the two times" in CliRunner().invoke(main, ["report", *times]).stderr
+
+
+def test_a_period_within_a_minute_shows_seconds(home: Path) -> None:
+    keep(home, made("a", "1"))
+    said = run("--from", "2026-03-10T12:00:00Z", "--to", "2026-03-10T12:00:30Z", "--tz", "UTC")
+    assert "  2026-03-10 12:00:00 to 2026-03-10 12:00:30 UTC, by model\n" in said
+    assert "p95 duration 2.5 s, p95 price $1.0000\n" in said
+
+
+def test_one_request_stays_and_several_stay(home: Path) -> None:
+    keep(home, made("a", "1"), made("b", "1", at_ns=NOON_NS + 2 * DAY_NS))
+    dry = ["purge", "--before", "2026-03-11", "--dry-run"]
+    said = CliRunner().invoke(main, dry).output
+    assert "1 request before 2026-03-11 00:00" in said
+    assert "  1 request stays.\n" in said
+    keep(home, made("c", "1", at_ns=NOON_NS + 3 * DAY_NS))
+    assert "  2 requests stay.\n" in CliRunner().invoke(main, dry).output

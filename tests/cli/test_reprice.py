@@ -60,6 +60,13 @@ BEFORE = {"same": "1", "dearer": "0.25", "new": None, "lost": "5"}
 AFTER = {"same": "1", "dearer": "1", "new": "1", "lost": None}
 
 
+def test_a_selection_without_requests_is_not_priced_already(home: Path) -> None:
+    said = run("reprice", "--provider", "zzz")
+    assert said == "No requests match. All that are stored: halton-meter reprice --dry-run\n"
+    run("reprice")
+    assert "has today's price already" in run("reprice")
+
+
 def test_a_dry_run_tells_and_stores_nothing(home: Path) -> None:
     text = run("reprice", "--dry-run")
     assert "3 requests would change price" in text

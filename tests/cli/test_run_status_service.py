@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import time
@@ -14,12 +15,18 @@ from click.testing import CliRunner
 
 from halton_meter.cli import main
 from halton_meter.cli.output import harmless
-from halton_meter.cli.run import summary_lines
-from halton_meter.cli.status import _coverage_lines, _worse, proxy_lines, status_lines
+from halton_meter.cli.run import reached, summary_lines
+from halton_meter.cli.status import (
+    _coverage_lines,
+    _metered_lines,
+    _worse,
+    proxy_lines,
+    status_lines,
+)
 from halton_meter.cli.summary_file import write_summary
 from halton_meter.cli.systemd_unit import unit_text
 from halton_meter.coverage import Coverage, Part
-from halton_meter.live.result import RunResult
+from halton_meter.live.result import RunLimit, RunResult
 from halton_meter.live.totals import Line, Totals
 from proxy_fallback.setup import service_files
 
@@ -83,13 +90,33 @@ def test_a_run_names_the_command_that_sets_a_price() -> None:
     assert any(each.startswith(said) for each in summary_lines(RunResult(again)))
 
 
+def test_a_limit_that_the_last_answers_reached_is_told() -> None:
+    result = RunResult(totals(big=line(3, "1.5"), odd=line(1, "0", unpriced=1)))
+    assert reached(RunLimit(), result) is None
+    assert reached(RunLimit("1.51"), RunResult(totals(big=line(3, "1.5")))) is None
+    result.held = reached(RunLimit("1.51"), result)
+    assert result.held is not None
+    assert result.held["holds"] == "not_known"
+    assert (
+        "  limit of $1.5100: nobody knows whether it was reached (1 request unpriced)"
+        in summary_lines(result)
+    )
+    result.held = reached(RunLimit("1.25"), result)
+    assert result.held is not None
+    assert (result.held["holds"], result.held["spent_usd"]) == ("passed", "1.5")
+    assert (
+        "  limit of $1.2500: the last answers reached it, at no less than $1.5000, $0.2500 over it"
+        in summary_lines(result)
+    )
+
+
 def test_a_run_tells_what_has_no_price_and_what_a_plan_pays() -> None:
     told = summary_lines(
         RunResult(totals(big=line(3, "1.5", marginal="0"), odd=line(2, "0", unpriced=2)))
     )
     assert told[0] == (
         "5 requests, 2,400 tokens in, 68 out, "
-        "$1.5000 list price, $0.0000 billed; 2 requests unpriced"
+        "at least $1.5000 list price (2 requests unpriced), $0.0000+ billed"
     )
     assert told[1].split()[-1] == "billed"
     assert told[2].split() == ["odd", "2", "1,200", "in", "34", "out", "unpriced"]
@@ -163,6 +190,18 @@ def test_what_a_command_did_as_another_user_is_said(losses: dict[str, int], said
     assert not any("lost:" in line for line in lines)
 
 
+def test_status_names_a_damaged_database(tmp_path: Path) -> None:
+    (tmp_path / "meter.duckdb").write_bytes(b"no database" * 1000)
+    env = {"HALTON_METER_HOME": str(tmp_path)}
+    said = CliRunner().invoke(main, ["status"], env=env).output
+    assert f"database: {tmp_path}/meter.duckdb is damaged: " in said
+    told = json.loads(CliRunner().invoke(main, ["status", "--json"], env=env).output)
+    assert "is damaged" in told["database_error"]
+    (tmp_path / "meter.duckdb").rename(tmp_path / "meter.duckdb.damaged-20260101T000000")
+    said = CliRunner().invoke(main, ["status"], env=env).output
+    assert "damaged database set aside, its events are missing in reports" in said
+
+
 def test_a_command_that_never_ran_has_no_line_about_coverage() -> None:
     nothing = Coverage(is_known=True)
     assert len(summary_lines(RunResult(connections=nothing, exit_code=127))) == 1
@@ -205,8 +244,7 @@ def test_status_for_people() -> None:
     }
     assert status_lines(found) == [
         "uprobes degraded, up 2 h 00 min, 12 probes attached through libbpf",
-        "  3 requests since the last restart from 4,096 bytes of plaintext, $0.5 list price; "
-        "last none yet",
+        "  3 requests since the last restart from 4,096 bytes of plaintext, $0.5 list price",
         "  data folder /h; 1 event waits in the journal",
         "  restarted 1 time: see the outages",
         "  lost: ring full bytes 7",
@@ -263,7 +301,7 @@ def test_status_of_the_proxy_tells_what_went_by_unmetered_and_what_to_do() -> No
     found = {"health": "degraded", "uprobes_health": "stopped", "home": "/h", "proxy": PROXY}
     assert status_lines(found) == [
         "proxy degraded, up 90.0 s on 127.0.0.1:8081; 3 connections open",
-        "  12 requests since the last restart, $0.5 list price; last none yet",
+        "  12 requests since the last restart, $0.5 list price",
         "  data folder /h; 0 events wait in the journal",
         "  not metering, traffic goes on unmetered (waiting: it was killed by SIGKILL)",
         "  restarted 2 times: see the outages",
@@ -423,3 +461,26 @@ def test_show_unit_prints_and_changes_nothing(tmp_path: Path) -> None:
     assert "NoNewPrivileges=yes" in done.output
     assert "--all-users" in done.output
     assert not (tmp_path / "h").exists()
+
+
+def test_status_says_of_which_requests_the_price_is_not_known() -> None:
+    found = {"events": 0, "totals": {"requests": 0, "list_usd": "0"}, "last_event_at": None}
+    found |= {"restarts": 0, "home": "/h", "journal_waiting": 0, "store_error": None}
+    assert _metered_lines(found)[0] == "  0 requests, $0 list price; no request yet"
+    found |= {"events": 3, "totals": totals(odd=line(1, "0", unpriced=1)).as_json()}
+    assert _metered_lines(found)[0] == "  3 requests, list price not known (1 request unpriced)"
+    found["totals"] = totals(odd=line(3, "0.5", unpriced=1)).as_json()
+    assert _metered_lines(found)[0] == (
+        "  3 requests, at least $0.5 list price (1 request unpriced)"
+    )
+
+
+def test_stop_where_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("halton_meter.cli.stop.has_systemd", lambda: False)
+    monkeypatch.setattr(
+        "halton_meter.live.control.ask_service", lambda *of, **named: asked.append((of, named))
+    )
+    done = CliRunner().invoke(main, ["stop"], env={"HALTON_METER_HOME": str(tmp_path)})
+    assert (done.exit_code, done.output) == (0, "no service was running\n")
+    assert asked

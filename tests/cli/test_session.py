@@ -65,9 +65,10 @@ def test_the_list_adds_up_and_names_each_session_shortly(home: Path) -> None:
         ["01a226f5-d", "claude-cli", "web"],
         ["pid-4711", "openai-python", "web"],
     ]
-    assert lines[1].endswith("$0.8500")
+    assert lines[1].endswith("$0.8500+")
     assert lines[-1] == (
-        "3 sessions, 7 requests, $14.85 list price; of these 1 request of no session ($8.0000)"
+        "3 sessions, 7 requests, at least $14.85 list price (1 request unpriced); "
+        "of these 1 request belongs to no session ($8.0000)"
     )
 
 
@@ -94,13 +95,13 @@ def test_show_draws_requests_agents_and_running_cost(home: Path) -> None:
     text = run("session", "show", "01a226f5-c3")
     assert text.startswith(f"Session {ONE}\n2026-03-10 12:00 to 12:04 UTC, ")
     assert "client claude-cli 2.1.332, project web, branch main, model claude-opus-5-5" in text
-    assert "4 requests, 2 turns, 2 agents, 80 tokens out, 1 unpriced, not free" in text
+    assert "\nat least $0.8500 list price (1 request unpriced)\n4 requests, 2 turns, " in text
     rows = [line.split() for line in text.split("TIME (UTC)")[1].splitlines()[1:]]
     assert [(row[0], row[1], row[2], *row[8:]) for row in rows] == [
         ("12:00:00", "1", "main", "$0.2500", "$0.2500"),
         ("12:02:00", "1", "Explore", "$0.5000", "$0.7500"),
-        ("12:03:00", "2", "main", "unpriced", "$0.7500", "try", "2"),
-        ("12:04:00", "1", "main", "$0.1000", "$0.8500", "compaction"),
+        ("12:03:00", "2", "main", "unpriced", "$0.7500+", "try", "2"),
+        ("12:04:00", "1", "main", "$0.1000", "$0.8500+", "compaction"),
     ]
 
 
@@ -108,7 +109,7 @@ def test_show_of_a_long_session_shows_the_latest_requests(home: Path) -> None:
     text = run("session", "show", ONE, "--limit", "1")
     assert "12:04:00" in text
     assert "12:03:00" not in text
-    assert "$0.8500\n" in text.replace("  compaction", "")  # the sum is of all
+    assert "$0.8500+\n" in text.replace("  compaction", "")  # the sum is of all
     assert "3 earlier requests not shown: --limit N, or --json for all." in text
 
 
@@ -154,7 +155,7 @@ def test_an_empty_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with Store(tmp_path) as store:
         store.append([made()])
         store.flush()
-    assert run("session", "list") == "No sessions: 1 request of no session ($0.2500)\n"
+    assert run("session", "list") == "No sessions: 1 request belongs to no session ($0.2500)\n"
     assert "no session is stored" in run("session", "show", "latest", code=1)
     assert "No requests match" in run("session", "list", "--project", "other")
 
@@ -248,3 +249,17 @@ def test_a_list_does_not_import_what_is_slow_to_import(home: Path) -> None:
             [sys.executable, "-c", script], capture_output=True, text=True, check=True
         )
         assert ran.stdout.splitlines()[-1] == "LOADED"
+
+
+def test_the_fix_of_no_session_is_not_a_list_that_says_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALTON_METER_HOME", str(tmp_path))
+    for stored, said in ((False, "Nothing metered yet"), (True, "no request belongs to one")):
+        if stored:
+            with Store(tmp_path) as store:
+                store.append([made()])
+                store.flush()
+        done = CliRunner().invoke(main, ["session", "show", "latest"])
+        assert (done.exit_code, said in done.stderr) == (1, True), done.stderr
+        assert "session list" not in done.stderr

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from halton_meter.cli import main
+from proxy_fallback.setup.changes import write_whole
 
 THEIRS = '{"type": "command", "command": "~/bin/mine.sh", "padding": 0}'
 SETTINGS = '{\n  "model": "opus",\n  "hooks": {}\n}\n'
@@ -166,3 +167,32 @@ def test_the_command_is_a_program_that_answers(settings: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.startswith(b"not metered: service is not running")
+
+
+@pytest.mark.parametrize("more", [(), ("--purge", "--yes")])
+def test_settings_that_cannot_be_put_back_keep_nothing_else_from_being_removed(
+    settings: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    run("install")
+    settings.unlink()
+    settings.mkdir()
+    done = CliRunner().invoke(main, ["uninstall", *more])
+    assert done.exit_code == 1
+    assert f"{settings} cannot be used: is a folder, not a file. Nothing was changed" in done.stderr
+    assert f"fix: ls -l {settings}" in done.stderr
+    assert ("nothing to undo" in done.stdout, (tmp_path / "home").exists()) == (True, not more)
+
+
+def test_settings_that_are_no_file_are_refused_and_stay_what_they_are(settings: Path) -> None:
+    os.mkfifo(settings)
+    done = CliRunner().invoke(main, ["statusline", "install"])
+    assert (done.exit_code, settings.is_fifo()) == (1, True)
+    assert f"{settings} cannot be used: is a pipe, not a file" in done.stderr
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with pytest.raises(OSError, match="is not a regular file"):
+        write_whole(pipe, b"{}", 0o600)
+    assert [each.name for each in tmp_path.iterdir()] == ["pipe"]
+    assert pipe.is_fifo()

@@ -77,6 +77,12 @@ def test_every_command_writes_in_every_encoding(
                 assert "na?ve ??" in text
 
 
+def test_a_chart_keeps_its_shades_and_a_bound_its_sign_in_ascii() -> None:
+    streams.prepare()
+    raw = "█▓▒░▪ ≥$1 ≠".encode("ascii", streams.ERRORS)
+    assert raw == b"#=+:. >=$1 !="
+
+
 def test_half_a_character_is_no_failure() -> None:
     out = io.TextIOWrapper(io.BytesIO(), "utf-8")
     out.reconfigure(errors=streams.ERRORS)
@@ -137,6 +143,6 @@ def test_a_name_of_bytes_that_are_no_text_is_one_for_every_command(home: Path) -
         done = CliRunner().invoke(main, command)
         assert done.exit_code == 0, (command, done.output)
     assert (
-        "1 request would move from 'a\ufffdb'"
+        "1 request would move from project 'a\ufffdb'"
         in CliRunner().invoke(main, ["retag", "--from", typed, "--to", "b"]).output
     )

@@ -78,7 +78,7 @@ def test_every_command_shows_local_time_with_the_zone_and_prints_json_in_utc(
     events = run("events")
     assert events.startswith(f"TIME ({short})")
     assert f"\n{local}:00" in events
-    assert f"{local} to {local} {short}, by" in run("report")
+    assert f"  {local}:00 {short}, by" in run("report")
     (event,) = (json.loads(line) for line in run("events", "--json").splitlines())
     assert event["at"].startswith(RECORDED)
     assert json.loads(run("replay", str(FIXTURE), "--json"))["at"].startswith(RECORDED)

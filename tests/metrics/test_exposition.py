@@ -115,6 +115,17 @@ def test_budgets_and_what_is_stopped(store: Store) -> None:
     assert "halton_meter_budget_forecast_usd" not in found
 
 
+def test_a_budget_of_which_nothing_has_a_price_has_no_sum(store: Store) -> None:
+    unknown = budget(spent_usd="0", forecast_usd="0", requests=2, unpriced_requests=2)
+    found = samples(exposition(store, NOW_NS, [unknown]))
+    assert "halton_meter_budget_spent_usd" not in found
+    assert "halton_meter_budget_forecast_usd" not in found
+    assert list(found["halton_meter_budget_unpriced_requests"].values()) == [2]
+    partly = budget(requests=3, unpriced_requests=2)
+    found = samples(exposition(store, NOW_NS, [partly]))
+    assert list(found["halton_meter_budget_spent_usd"].values()) == [1.5]
+
+
 def test_however_many_groups_there_are_the_sum_stays(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

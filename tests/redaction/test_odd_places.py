@@ -202,6 +202,40 @@ def test_of_a_form_of_parts() -> None:
     assert WORD not in left
 
 
+@pytest.mark.parametrize(
+    "disposition",
+    [
+        rb'form-data; name="file"; filename="the \"Zqsecret results\" of Zqsecret.wav"',
+        b'form-data; name="file"; x-note="Zqsecret"',
+        b'form-data; name = "file" ; filename = "Zqsecret results"',
+        b'form-data; Zqsecret; filename="Zqsecret',
+    ],
+)
+def test_of_a_parts_disposition(disposition: bytes) -> None:
+    text = b"--b\r\nContent-Disposition: " + disposition + b"\r\n\r\n1\r\n--b--\r\n"
+    left = _left(_request(text, b"Content-Type: multipart/form-data; boundary=b"), _answer())
+    assert WORD not in left
+
+
+@pytest.mark.parametrize(
+    "name", [b"User-Agent", b"Accept", b"X-OpenAI-Subagent", b"X-Stainless-OS"]
+)
+def test_of_words_that_are_not_ascii(name: bytes) -> None:
+    words = "Секретный отдел".encode()
+    left = _left(_request(b"{}", name + b": " + words), _answer())
+    assert not any(each in left for each in words.split())
+
+
+def test_a_text_that_quotes_the_request_is_no_trace_of_itself() -> None:
+    agent = b"google-genai-sdk/3.6.1 gl-python/3.11.7"
+    fields = (b"User-Agent: " + agent, b"X-Goog-Api-Client: " + agent)
+    quoted = b"User-Agent: " + agent + b" /v1/chat/completions Zqsecret"
+    text = json.dumps({"messages": [{"role": "user", "content": quoted.decode()}]}).encode()
+    left = _left(_request(text, *fields), _answer())
+    assert WORD not in left
+    assert b"User-Agent: " + agent in left
+
+
 def _field(number: int, data: bytes) -> bytes:
     return bytes((number << 3 | 2, len(data))) + data
 

@@ -120,8 +120,8 @@ def test_a_wrong_value_is_told_with_its_line_and_the_budget_left_out(lines: str,
          "as [budgets.daily]"),
         ("[budgets]\nday = 5", "2: [budgets.day] must be a table, not 5; did you mean the line "
          "[budgets.day] and below it usd = 5?"),
-        ('[budgets."a b"]\nusd = 5', "1: [budgets.a b] is no name for a budget: letters, digits, _ "
-         ". and - make one, 40 at most"),
+        ('[budgets."a b"]\nusd = 5', "1: [budgets.a b] is no name for a budget: it has 40 ASCII "
+         "letters, digits, _ . and - at most, the first a letter or a digit"),
     ],
 )  # fmt: skip
 def test_a_table_that_is_none(text: str, said: str) -> None:

@@ -295,6 +295,16 @@ def test_a_desktop_is_told_in_one_sentence(home: Path, monkeypatch: pytest.Monke
     ]
 
 
+def test_a_sentence_says_whose_the_sum_is() -> None:
+    facts = {"budget": "every", "percent": "80", "limit_usd": "10", "per": "day", "spent_usd": "8"}
+    rest = ": 80 % of $10 a day spent ($8.00)"
+    assert (
+        acting.sentence({**facts, "each": "project", "of": "web"}) == f"every of project web{rest}"
+    )
+    nobody = acting.sentence({**facts, "each": "account", "of": None})
+    assert nobody == f"every of requests without an account{rest}"
+
+
 def test_without_a_desktop_that_is_said_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/no/such/folder")
     configure(home)

@@ -190,6 +190,27 @@ def test_the_projects_budget_comes_before_one_for_all() -> None:
     assert "stopped" in line(said(), found(), {"budgets": [budget(stopped=True)]})
 
 
+def test_the_sum_of_requests_without_a_project_is_no_budget_for_all() -> None:
+    none = budget(name="every", each="project", of=None)
+    assert "of $20" not in line(said(), found(), {"budgets": [none]})
+    web = budget(name="every", each="project", of="web", project="web", spent_usd="5")
+    assert " · web $5.00 of $20.00 · " in line(said(), found(), {"budgets": [none, web]})
+    talk = budget(name="talk", each="session", of=None)
+    assert "of $20" not in prompt_text(found(), {"budgets": [talk]}, NOW, is_metering=True)
+
+
+def test_a_sum_of_which_nothing_has_a_price_is_not_known() -> None:
+    shown = found(day={"date": "2026-03-10", "usd": "0", "requests": 2, "unpriced": 2})
+    assert prompt_text(shown, {}, NOW, is_metering=True).startswith("$? ")
+    unknown = budget(spent_usd="0", at_least=True, requests=3, unpriced_requests=3)
+    assert " · all $? of $20.00 · " in line(said(), shown, {"budgets": [unknown]})
+
+
+def test_a_tiny_lower_bound_is_told_to_its_first_digit() -> None:
+    shown = found(day={"date": "2026-03-10", "usd": "0.00012", "requests": 2, "unpriced": 1})
+    assert prompt_text(shown, {}, NOW, is_metering=True).startswith("≥$0.0001 ")
+
+
 def test_colours_say_how_bad_it_is() -> None:
     shown = found()
     windows = shown["accounts"][0]["windows"]

@@ -13,7 +13,16 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Generic, TypeVar
 
-from halton_meter.cli.output import UNKNOWN, count, count_text, duration_text, money_text, shown
+from halton_meter.cli.output import (
+    UNKNOWN,
+    count,
+    count_text,
+    duration_text,
+    filled,
+    money_text,
+    shown,
+    sum_text,
+)
 from halton_meter.cli.top.feed import Budget, Meters, Plan, Window
 from halton_meter.cli.top.figures import Asked, Count, Done, Flight, Group, total
 
@@ -45,7 +54,7 @@ class Column(Generic[Shown]):
         """What stands in it, cut and filled to its width."""
         width = self.width(cells)
         text = shown(self.text(of), width) if self.text(of) else ""
-        return f"{text:>{width}}" if self.right else f"{text:<{width}}"
+        return filled(text, width, right=self.right)
 
 
 def fitting(columns: Iterable[Column[Shown]], cells: int) -> list[Column[Shown]]:
@@ -75,7 +84,8 @@ def usd_text(found: Count) -> str:
     """
     if found.usd is None:
         return "unpriced" if found.requests else UNKNOWN
-    text = money_text(found.usd, 4) if found.usd < 1000 else f"${found.usd:,.0f}"
+    at_least = found.unpriced > 0
+    text = money_text(found.usd, 4, at_least=at_least) if found.usd < 1000 else f"${found.usd:,.0f}"
     return ("~" if found.guessed else "") + text + ("+" if found.unpriced else "")
 
 
@@ -155,6 +165,7 @@ class Step:
     done: Done | None
     flight: Flight | None
     running_usd: Decimal | None
+    running_unpriced: int = 0
 
     @property
     def either(self) -> Done | Flight:
@@ -194,7 +205,7 @@ STEP_COLUMNS: tuple[Column[Step], ...] = (
         True,
     ),
     Column("COST", 8, 9, lambda step: usd_text(step.either.count), True),
-    Column("SUM", 8, 10, lambda step: money_text(step.running_usd, 4), True),
+    Column("SUM", 8, 10, lambda step: sum_text(step.running_usd, step.running_unpriced, 4), True),
     Column("TOOK", 0, 7, _step_took, True),
     Column("FIRST", 0, 7, lambda step: elapsed_text(step.either.ttft_ms), True),
     Column("STATUS", 6, 14, _step_status),
@@ -204,13 +215,13 @@ STEP_COLUMNS: tuple[Column[Step], ...] = (
 def steps(done: Sequence[Done], flights: Sequence[Flight]) -> list[Step]:
     """Requests in the order in which they ended, and what they have cost up to each."""
     found: list[Step] = []
-    usd: Decimal | None = None
+    so_far = Count()
     for ended in done:
-        usd = (ended.count + Count(usd=usd)).usd
-        found.append(Step(ended, None, usd))
+        so_far += ended.count
+        found.append(Step(ended, None, so_far.usd, so_far.unpriced))
     for flight in flights:
-        usd = (flight.count + Count(usd=usd)).usd
-        found.append(Step(None, flight, usd))
+        so_far += flight.count
+        found.append(Step(None, flight, so_far.usd, so_far.unpriced))
     return found
 
 
@@ -225,8 +236,13 @@ def meters_text(meters: Meters) -> str:
     return f"metering: {', '.join(names)}" if names else "nothing is metered now"
 
 
-def rates_text(minute: Count, flying: Count) -> str:
+def rates_text(minute: Count, flying: Count, meters: Meters, is_known: bool = True) -> str:
     """The last minute, and what is in flight."""
+    if not is_known:
+        known = f"; in flight: {flying.requests:,}, {usd_text(flying)}" if flying.requests else ""
+        return f"last minute: not known{known}"
+    if not (minute.requests or flying.requests or meters.services or meters.runs):
+        return "last minute: not known"
     known = f"{count_text(minute.input or 0)} in, {count_text(minute.output or 0)} out, "
     known += usd_text(minute) if minute.requests else "$0.00"
     text = f"last minute: {count(minute.requests, 'request')}, {known}"
@@ -235,8 +251,10 @@ def rates_text(minute: Count, flying: Count) -> str:
     return text
 
 
-def today_text(today: Count, at_least: bool) -> str:
-    """What today has cost so far."""
+def today_text(today: Count, at_least: bool, is_known: bool = True) -> str:
+    """What today has cost so far; `is_known`: what is stored could be read."""
+    if not is_known:
+        return "today: not known"
     cost = usd_text(today) if today.requests else "$0.00"
     return f"today {'at least ' if at_least else ''}{cost}, {count(today.requests, 'request')}"
 
@@ -249,9 +267,13 @@ def bar_text(part: float, cells: int = 10) -> str:
 
 def budget_text(budget: Budget) -> str:
     """A budget's name, how much of it is spent, and whether a cap holds."""
+    if not budget.is_known:
+        limit = money_text(budget.limit_usd)
+        return f"budget {shown(budget.name)}: what is spent of {limit} is not known"
     least = "at least " if budget.at_least else ""
     part = float(budget.spent_usd / budget.limit_usd)
-    spent = f"{least}{money_text(budget.spent_usd)} of {money_text(budget.limit_usd)}"
+    amount = money_text(budget.spent_usd, at_least=budget.at_least)
+    spent = f"{least}{amount} of {money_text(budget.limit_usd)}"
     text = f"budget {shown(budget.name)} {bar_text(part)} {part:.0%}, {spent}"
     return f"{text}, stopped: halton-meter budget resume" if budget.stopped else text
 
@@ -297,8 +319,12 @@ def empty_flight_text(meters: Meters, wanted: str) -> list[str]:
     return ["No request is in flight. Those of metered programs appear here as they begin."]
 
 
-def empty_groups_text(period: str, latest: Done | None, now_ns: int, wanted: str) -> list[str]:
+def empty_groups_text(
+    period: str, latest: Done | None, now_ns: int, wanted: str, is_known: bool = True
+) -> list[str]:
     """Why no request has ended in a period, and what to do about it."""
+    if not is_known:
+        return ["What was metered is not known: the stored requests cannot be read."]
     if latest is None:
         return ["Nothing metered yet.", f"Try: {RUN}   or: {START}"]
     if wanted:

@@ -79,9 +79,11 @@ def _once(feed: Feed) -> tuple[Board, Update]:
 
 def _print(board: Board, update: Update) -> None:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else cells.WIDE_CELLS
-    today = board.since(start_of(day_of(update.at_ns)))
-    say(f"{cells.meters_text(update.meters)}; {cells.today_text(total(today), _is_partly(board))}")
-    say(cells.rates_text(total(board.since(update.at_ns - MINUTE_NS)), total(board.flights)))
+    today = board.begun_since(start_of(day_of(update.at_ns)))
+    today_text = cells.today_text(total(today), _is_partly(board), update.is_known)
+    say(f"{cells.meters_text(update.meters)}; {today_text}")
+    minute = total(board.since(update.at_ns - MINUTE_NS))
+    say(cells.rates_text(minute, total(board.flights), update.meters, update.is_known))
     for plan in update.plans:
         say(cells.plan_text(plan, len(update.plans) > 1))
     for budget in update.budgets:
@@ -90,11 +92,13 @@ def _print(board: Board, update: Update) -> None:
         say(f"trouble: {update.trouble}")
     say("")
     empty = cells.empty_flight_text(update.meters, "")
+    if not update.meters:
+        empty = empty[1:]  # that nothing is metered stands in the first line
     _table(cells.FLIGHT_COLUMNS, board.flying(), empty, width)
     say("")
     latest = board.done[-1] if board.done else None
     groups = board.groups(update.at_ns, "session", "hour")[:GROUPS_SHOWN]
-    empty = cells.empty_groups_text("hour", latest, update.at_ns, "")
+    empty = cells.empty_groups_text("hour", latest, update.at_ns, "", update.is_known)
     _table(cells.GROUP_COLUMNS, groups, empty[:1], width)
 
 
@@ -121,7 +125,7 @@ def _is_partly(board: Board) -> bool:
 
 def _as_json(board: Board, update: Update) -> dict[str, Any]:
     minute = total(board.since(update.at_ns - MINUTE_NS))
-    today = total(board.since(start_of(day_of(update.at_ns))))
+    today = total(board.begun_since(start_of(day_of(update.at_ns))))
     groups = board.groups(update.at_ns, "session", "hour")
     return {
         "at": rfc3339(update.at_ns),
@@ -132,7 +136,7 @@ def _as_json(board: Board, update: Update) -> dict[str, Any]:
         "in_flight": [_flight_json(each) for each in board.flying()],
         "in_flight_more": update.more,
         "last_minute": _count_json(minute),
-        "today": {**_count_json(today), "partly": _is_partly(board)},
+        "today": {**_count_json(today), "partly": _is_partly(board), "known": update.is_known},
         "sessions": [
             {
                 "key": group.key,

@@ -62,7 +62,7 @@ class Meters:
 @dataclass(frozen=True, slots=True)
 class Budget:
     """What is spent of a budget, of now; `stopped`: a cap holds; `at_least`: some of it is
-    unpriced.
+    unpriced; `is_known`: not all of it is.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Budget:
     limit_usd: Decimal
     stopped: bool
     at_least: bool
+    is_known: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class Update:
     """What is new: requests that have ended since the last one, in that order, and all else as it
-    is. `more` requests are in flight beside `flights`.
+    is. `more` requests are in flight beside `flights`. `is_known`: what is stored could be read.
     """
 
     at_ns: int
@@ -108,6 +109,7 @@ class Update:
     plans: tuple[Plan, ...]
     budgets: tuple[Budget, ...]
     trouble: str | None = None
+    is_known: bool = True
 
 
 class Feed:
@@ -123,7 +125,9 @@ class Feed:
         flights, more, meters = self._in_flight()
         events = self._ended()
         plans, budgets = plans_of(self._home), budgets_of(self._home)
-        return Update(time.time_ns(), events, flights, more, meters, plans, budgets, self._trouble)
+        known, trouble = self._follower is not None, self._trouble
+        at_ns = time.time_ns()
+        return Update(at_ns, events, flights, more, meters, plans, budgets, trouble, known)
 
     def close(self) -> None:
         """Let go of files."""
@@ -203,16 +207,19 @@ def budgets_of(home: Path) -> tuple[Budget, ...]:
 
 
 def _budget(found: dict[str, object]) -> Budget | None:
-    name, whose = text(found, "name"), text(found, "of")
+    name = text(found, "name")
+    whose = text(found, "of") or ("-" if text(found, "each") else None)
     spent, limit = usd_of(found.get("spent_usd")), usd_of(found.get("limit_usd"))
     if name is None or spent is None or limit is None or limit <= 0:
         return None
+    unpriced = number(found, "unpriced_requests") or 0
     return Budget(
         f"{name} ({whose})" if whose else name,
         spent,
         limit,
         found.get("stopped") is True,
         found.get("at_least") is True,
+        not unpriced or unpriced < (number(found, "requests") or 0),
     )
 
 

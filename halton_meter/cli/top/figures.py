@@ -143,7 +143,8 @@ def _status(event: PricedEvent) -> str:
     usage = event.usage
     if usage.error_class is not None:
         return f"{usage.http_status or ''} {usage.error_class}".strip()
-    return {Outcome.GAPPED: "incomplete", Outcome.ABORTED: "interrupted"}.get(usage.outcome, "")
+    ended = {Outcome.GAPPED: "incomplete", Outcome.ABORTED: "interrupted"}.get(usage.outcome, "")
+    return ended or ("pending" if usage.free == "pending" else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +287,10 @@ class Board:
         done.sort(key=lambda each: each.ended_ns)
         first = bisect.bisect_left(done, from_ns, key=lambda each: each.ended_ns)
         return [each for each in done[first:] if passes(each.asked, wanted)]
+
+    def begun_since(self, from_ns: int, wanted: str = "") -> list[Done]:
+        """Those that began and ended since then: a day's requests, as reports and budgets count."""
+        return [each for each in self.since(from_ns, wanted) if each.at_ns >= from_ns]
 
     def groups(
         self,

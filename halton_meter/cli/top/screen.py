@@ -491,14 +491,16 @@ class Top(App[str]):
         if self._wanted:
             heading += f", with {shown(self._wanted)!r}"
         latest = self.board.done[-1] if self.board.done else None
-        empty = cells.empty_groups_text(self._period, latest, update.at_ns, self._wanted)
+        empty = cells.empty_groups_text(
+            self._period, latest, update.at_ns, self._wanted, update.is_known
+        )
         rows = [(each.key, each, "bold" if each.flying.requests else "") for each in groups]
         table.show(heading, GROUP_COLUMNS, rows, empty)
 
     def _head(self, update: Update) -> list[str]:
         now_ns = update.at_ns
         today_ns = start_of(day_of(now_ns))
-        today = self.board.since(today_ns, self._wanted)
+        today = self.board.begun_since(today_ns, self._wanted)
         partly = self.board.is_full and self.board.done[0].ended_ns > today_ns
         minute = self.board.since(now_ns - 60 * 10**9, self._wanted)
         flying = self.board.flying(self._wanted)
@@ -506,8 +508,8 @@ class Top(App[str]):
         held = "   HELD: Space goes on" if self._held else ""
         return [
             f"{clock}  {cells.meters_text(update.meters)}   "
-            f"{cells.today_text(total(today), partly)}{held}",
-            cells.rates_text(total(minute), total(flying)),
+            f"{cells.today_text(total(today), partly, update.is_known)}{held}",
+            cells.rates_text(total(minute), total(flying), update.meters, update.is_known),
             *(cells.plan_text(each, len(update.plans) > 1) for each in update.plans),
             *(cells.budget_text(each) for each in update.budgets),
             *([f"trouble: {shown(update.trouble, 300)}"] if update.trouble else []),

@@ -30,6 +30,9 @@ function dollars(text) {
   return "$" + amount.toFixed(amount !== 0 && Math.abs(amount) < 1 ? 4 : 2);
 }
 
+// Of a sum: "+" behind one from which unpriced requests are missing.
+const sum = (text, figures) => dollars(text) + (figures.unpriced_requests && text !== null ? "+" : "");
+
 const count = (value) => (value === null || value === undefined ? "-" : value.toLocaleString());
 
 function query(extra) {
@@ -87,8 +90,8 @@ function sent(tokens) {
 
 function totals(figures) {
   $("totals").replaceChildren(
-    figure("List price", dollars(figures.list_usd)),
-    figure("Billed", dollars(figures.marginal_usd)),
+    figure("List price", sum(figures.list_usd, figures), figures.unpriced_requests ? `${count(figures.unpriced_requests)} requests unpriced` : ""),
+    figure("Billed", sum(figures.marginal_usd, figures)),
     figure("Requests", count(figures.requests), figures.errors ? `${count(figures.errors)} errors` : ""),
     figure("Tokens in", count(sent(figures.tokens))),
     figure("Tokens out", count(figures.tokens.output)),
@@ -107,11 +110,11 @@ function trend(groups) {
   const bars = days.map((day) => {
     const bar = element("div");
     bar.style.height = `${most ? (100 * Number(day.list_usd || 0)) / most : 0}%`;
-    bar.title = `${day.key}: ${dollars(day.list_usd)}, ${count(day.requests)} requests`;
+    bar.title = `${day.key}: ${sum(day.list_usd, day)}, ${count(day.requests)} requests`;
     return bar;
   });
   $("trend").replaceChildren(...bars);
-  $("trend").setAttribute("aria-label", days.map((day) => `${day.key} ${dollars(day.list_usd)}`).join(", "));
+  $("trend").setAttribute("aria-label", days.map((day) => `${day.key} ${sum(day.list_usd, day)}`).join(", "));
 }
 
 function groups(report, by) {
@@ -123,7 +126,7 @@ function groups(report, by) {
       [count(group.requests), "number"],
       [count(sent(group.tokens)), "number"],
       [count(group.tokens.output), "number"],
-      [dollars(group.list_usd), "number"],
+      [sum(group.list_usd, group), "number"],
     ]);
     if (FILTERS.includes(by) && group.key !== null) {
       const button = element("button", group.key);
@@ -237,7 +240,7 @@ function plan(found) {
     const table = element("table");
     table.append(...rows);
     const parts = [element("h3", title), table];
-    if (Number(account.overage_usd)) parts.push(element("p", `${dollars(account.overage_usd)} billed beyond the plan this month`));
+    if (Number(account.overage_usd)) parts.push(element("p", `${sum(account.overage_usd, { unpriced_requests: account.overage_unpriced_requests })} billed beyond the plan this month`));
     return parts;
   });
   $("plan").replaceChildren(...shown);

@@ -82,8 +82,12 @@ def test_what_is_in_flight_by_the_names_of_events(
         service.wait_for(lambda status: status, "its status")
         helper = service.helpers[-1]
         helper.send(opened(1) + frames(1, 0, 0, MESSAGES) + frames(1, 1, 0, answered(BEGUN)))
-        [row] = wait_until(lambda: moment()["in_flight"], "a row")
-        assert (row["model"], row["client"], row["state"]) == (MODEL, "claude", "answering")
+
+        def answering() -> list[dict[str, Any]]:
+            return [row for row in moment()["in_flight"] if row["state"] == "answering"]
+
+        [row] = wait_until(answering, "the answer's beginning")
+        assert (row["model"], row["client"]) == (MODEL, "claude")
         assert (row["input_tokens"], row["cache_read_tokens"]) == (1000, 50_000)
         assert row["estimated"]
         assert moment()["metering"]["services"] == ["uprobes"]
@@ -104,6 +108,17 @@ def test_once_prints_the_same_as_text(home: Path) -> None:
 def test_nothing_is_no_failure(home: Path) -> None:
     done = top()
     assert done.exit_code == 0
-    assert "Nothing is metered now" in done.stdout
+    assert "nothing is metered now" in done.stdout
     assert "Nothing metered yet." in done.stdout
     assert moment()["sessions"] == []
+
+
+def test_a_store_that_cannot_be_read_is_not_zero(home: Path) -> None:
+    (home / "meter.duckdb").write_bytes(b"x" * 9000)
+    lines = top("--once").output.splitlines()
+    assert lines[:2] == ["nothing is metered now; today: not known", "last minute: not known"]
+    assert lines[2].startswith(f"trouble: {home}/meter.duckdb is damaged: ")
+    assert "database file. Nothing was changed" in lines[2]
+    assert "What was metered is not known: the stored requests cannot be read." in lines
+    assert "\n".join(lines).lower().count("nothing is metered now") == 1
+    assert moment()["today"]["known"] is False

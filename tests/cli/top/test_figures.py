@@ -85,6 +85,13 @@ def test_groups_hold_what_ended_in_the_period_the_last_minute_and_what_is_in_fli
     assert not one.total.guessed
 
 
+def test_a_request_that_ended_after_midnight_belongs_to_the_day_it_began() -> None:
+    midnight_ns = NOON_NS - 10**9
+    found = board(ended("before", 0.5), ended("after", 0))
+    assert [each.id for each in found.since(midnight_ns)] == ["before", "after"]
+    assert [each.id for each in found.begun_since(midnight_ns)] == ["after"]
+
+
 def test_unknown_is_not_zero_and_is_counted_beside_the_sum() -> None:
     unknown = {"parts": (Usage("m", Tokens()),), "certainty": Certainty.UNKNOWN}
     [group] = board(ended("a", 10, None, **unknown)).groups(NOON_NS, "project", "hour")
@@ -264,6 +271,12 @@ def test_every_column_keeps_its_width_whatever_stands_in_it() -> None:
                 assert line.isprintable()
 
 
+def test_wide_letters_take_two_cells_of_a_column() -> None:
+    column: cells.Column[str] = cells.Column("NAME", 8, 8, lambda text: text)
+    assert column.cell("日本", 80) == "日本    "
+    assert column.cell("日本語プロジェクト", 80) == "日本語… "
+
+
 def test_a_session_is_told_in_order_with_what_it_came_to() -> None:
     done = [Done.of(ended("a", 9, "1")), Done.of(ended("b", 8, None)), Done.of(ended("c", 7, "2"))]
     found = cells.steps(done, [flight("f")])
@@ -286,3 +299,24 @@ def test_nothing_says_why_and_what_to_do() -> None:
     )
     assert "Nothing metered yet" in cells.empty_groups_text("hour", None, NOON_NS, "")[0]
     assert "Esc clears" in cells.empty_groups_text("hour", latest, NOON_NS, "x")[0]
+
+
+@pytest.mark.parametrize(
+    ("minute", "flying", "meters", "begins"),
+    [
+        (Count(), Count(), Meters(), "last minute: not known"),
+        (
+            Count(),
+            Count(),
+            Meters(services=("probes",)),
+            "last minute: 0 requests, 0 in, 0 out, $0",
+        ),
+        (Count(), Count(), Meters(runs=1), "last minute: 0 requests"),
+        (total([Done.of(ended("a", 1))]), Count(), Meters(), "last minute: 1 request"),
+        (Count(), total([flight("one")]), Meters(), "last minute: 0 requests"),
+    ],
+)
+def test_a_minute_in_which_nothing_was_metered_is_unknown(
+    minute: Count, flying: Count, meters: Meters, begins: str
+) -> None:
+    assert cells.rates_text(minute, flying, meters).startswith(begins)
