@@ -34,7 +34,7 @@ CLIENT_PACKAGES := erlang-base erlang-inets erlang-ssl gnutls-bin httpie lua5.4 
 demo: setup
 	@$(BIN)/python tools/demo.py --home $(DEMO_HOME)
 
-# Some 7 minutes on two quiet cores. What takes long is left to test-all: tests marked `slow`, seven eighths
+# Some 8 minutes on two quiet cores. What takes long is left to test-all: tests marked `slow`, seven eighths
 # of each property's examples.
 test: setup-test
 	@$(BIN)/python tools/run_tests.py

@@ -201,3 +201,8 @@ def test_hostile_git_and_rc_files_give_a_clean_name(
     assert project is not None
     assert project == clean_name(project)
     assert branch is None or branch == clean_name(branch)
+
+
+def test_what_stands_for_no_project_is_no_name() -> None:
+    assert clean_name(" - ") is None
+    assert clean_name("--") == "--"

@@ -415,3 +415,8 @@ def test_where_state_lives(tmp_path: Path) -> None:
 def test_a_data_folder_that_there_is_no_telling(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no user 'nobody-of-that-name' here"):
         home_folder({"HALTON_METER_HOME": "~nobody-of-that-name/x"})
+
+
+def test_known_providers_follow_a_name_that_is_like_none(tmp_path: Path) -> None:
+    found = read_text(b'[hosts]\n"llm.example.com" = "zzz"\n', "c.toml")
+    assert '"zzz"; known: openai, anthropic, ' in found.wrong[0]

@@ -150,6 +150,7 @@ def test_a_usage_object_of_many_members_is_looked_at_up_to_what_is_kept() -> Non
     assert "total_mismatch" in event.flags
 
 
+@pytest.mark.slow
 def test_many_answers_with_short_ids_in_one_body_cost_by_its_size() -> None:
     # What is no id by itself is told apart by all that was said, which is digested once.
     def read(size: int) -> None:

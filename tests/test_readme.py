@@ -48,6 +48,13 @@ def halton_meter(arguments: list[str], home: Path) -> subprocess.CompletedProces
     )
 
 
+def test_the_readme_says_how_the_command_comes_onto_the_path() -> None:
+    install = next(line for line in shell_lines() if "install ." in line)
+    first = next(line for line in shell_lines() if "halton-meter" in line)
+    assert shell_lines().index(install) < shell_lines().index(first)
+    assert ".venv/bin/halton-meter" in README
+
+
 def test_the_make_targets_named_in_the_readme_exist() -> None:
     targets = [line.split()[1] for line in shell_lines() if line.startswith("make ")]
     makefile = (ROOT / "Makefile").read_text()
@@ -79,4 +86,10 @@ def test_the_demo_meters_the_fixtures_and_shows_a_priced_report(tmp_path: Path) 
     )
     assert result.returncode == 0, result.stdout + result.stderr
     report = result.stdout.split("What it cost")[1].splitlines()
+    home, command = result.stdout.splitlines()[-1].removeprefix("For scripts: ").split(" ", 1)
+    environment = {**os.environ, **dict([home.split("=", 1)]), "PATH": "/nowhere"}
+    told = subprocess.run(
+        shlex.split(command), env=environment, capture_output=True, text=True, check=False
+    )
+    assert '"totals"' in told.stdout, told.stderr
     assert [line for line in sample_report() if line not in report] == [], result.stdout

@@ -173,6 +173,13 @@ def test_of_many_that_begin_alike_only_some_are_named(store: Store) -> None:
         assert len(matching(reader, "s")) == CANDIDATES_MAX + 1
 
 
+def test_the_number_of_a_process_is_whole(store: Store) -> None:
+    names = ["pid-2597123-b33b9dad", "pid-259-b33b9dad"]
+    keep(store, [asked(name, name, 0) for name in names])
+    with store.reading() as reader:
+        assert list(shortened(reader, names).values()) == ["pid-2597123", "pid-259-"]
+
+
 def test_ids_are_shortened_as_far_as_all_that_are_stored_allow(store: Store) -> None:
     names = [
         "01a226f5-c3ff-75a3",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -65,8 +66,14 @@ def main() -> int:
         step("What it cost")
         code = run(["report", "--by", "provider"], home)
     if code == 0:
-        print(f"\nFor scripts: HALTON_METER_HOME={home} halton-meter report --json")
+        print(f"\nFor scripts: HALTON_METER_HOME={shlex.quote(str(home))} {typed()} report --json")
     return code
+
+
+def typed() -> str:
+    """The command by its whole path: this environment's folder is not on the PATH."""
+    path = Path(sys.executable).parent / "halton-meter"
+    return shlex.join([str(path)] if path.exists() else HALTON_METER)
 
 
 if __name__ == "__main__":

@@ -150,11 +150,11 @@ def groups(mode: str, options: Sequence[str] = ()) -> list[Group]:
     """All groups; `options` are pytest's."""
     quick, _ = MODES[mode]
     pytest = [*PYTEST, *options]
-    # One more than there are cores, as some tests wait; each takes eight seconds to collect.
-    most = [*pytest, "-n", "3", "--ignore=tests/kernel", "--ignore=tests/lab"]
+    # Of a machine with two cores: one more than it has, as some tests wait.
+    unit = [*pytest, "--ignore=tests/kernel", "--ignore=tests/lab"]
     kernel, lab = files_marked("kernel"), files_marked("lab")
     return [
-        Group("lab", [[*pytest, "-n", "3", "--dist=loadfile", "-m",
+        Group("lab", [[*pytest, "-n", "4", "--dist=loadfile", "-m",
                        f"lab and not kernel{quick}", *lab]]),
         Group("kernel", [[*pytest, "-n", "3", "-m", f"kernel{quick}", *kernel]]),
         Group("lint", [
@@ -163,7 +163,11 @@ def groups(mode: str, options: Sequence[str] = ()) -> list[Group]:
             [str(BIN / "mypy")],
             [str(BIN / "lint-imports")],
         ], niceness=5),
-        Group("unit", [[*most, "-m", f"not kernel and not lab{quick}", "tests"]], niceness=5),
+        # Collected once alone: then the workers find the tests compiled.
+        Group("unit", [
+            [*unit, "--collect-only", "-qq", "tests"],
+            [*unit, "-n", "3", "-m", f"not kernel and not lab{quick}", "tests"],
+        ], niceness=5),
     ]  # fmt: skip
 
 
@@ -254,6 +258,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    # Hundreds of processes import the same files: they are compiled once.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     environment["HALTON_TESTS"] = MODES[options.mode][1]
     if options.random:
         environment["HALTON_TEST_ORDER"] = options.random

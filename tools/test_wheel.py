@@ -87,7 +87,8 @@ def main() -> int:
             copy_to(checkout, name)
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "HALTON_TEST_WHEEL": "1", "PATH": path}
-    environment.pop("PYTHONPATH", None)
+    for name in ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE"):
+        environment.pop(name, None)
     which = ["-m", "not kernel and not lab and not slow and not checkout"]
     which += ["-p", "no:cacheprovider", "-p", "no:xdist"]
     command = [python, "-m", "pytest", *which, *(sys.argv[1:] or ["tests"])]

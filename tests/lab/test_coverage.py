@@ -60,6 +60,38 @@ def test_run_names_what_it_did_not_meter_and_keeps_it(lab: Lab, tmp_path: Path) 
     assert programs == [["curl", HOST], [os.path.basename(os.path.realpath(sys.executable)), HOST]]
 
 
+@pytest.mark.parametrize("via", ["uprobes", "proxy"])
+def test_run_names_a_program_that_speaks_quic(lab: Lab, via: str) -> None:
+    home = lab.user.home / f"quic-{via}"
+    home.mkdir()
+    os.chown(home, lab.user.uid, lab.user.gid)
+    summary = home / "summary.json"
+    script = """
+import socket, sys, time
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as quic:
+    quic.connect((sys.argv[1], 443))
+    quic.send(b"\\xc3\\0\\0\\0\\1" + bytes(1195))
+    time.sleep(float(sys.argv[2]))
+"""
+    # Without root a socket is found by looking again and again.
+    command = [*HALTON_METER, "run", "--via", via, "--json-summary", str(summary), "--"]
+    command += [sys.executable, "-S", "-c", script, HOST, "0" if via == "uprobes" else "2"]
+    if via == "proxy":
+        environment = lab.environment(HALTON_METER_HOME=str(home))
+        done = lab.run(command, env=environment, user=lab.user)
+    else:
+        done = lab.run(command, env=as_sudo(lab, home))
+    assert done.returncode == 0, done.stderr
+    assert f" to {HOST}, 1 connection: QUIC (HTTP/3) is not metered" in done.stderr
+    assert "urn HTTP/3 off in the program" in done.stderr
+    found = json.loads(summary.read_text())
+    if via == "uprobes":
+        seen = found["connections"]
+        assert (seen["known"], seen["seen"], seen["metered"]) == (True, 1, 0)
+    else:
+        assert [(row["host"], row["cause"]) for row in found["unmetered"]] == [(HOST, "quic")]
+
+
 def connections(service: Service) -> dict[str, Any]:
     found: dict[str, Any] = (service.status() or {}).get("connections", {})
     return found
@@ -134,6 +166,7 @@ def test_a_proxied_run_beside_the_service_counts_each_connection_once(lab: Lab) 
     assert (report["connections"]["seen"], report["connections"]["metered"]) == (3, 3)
 
 
+@pytest.mark.slow
 def test_http2_without_a_server_name_is_told_in_one_way(lab: Lab) -> None:
     address = lab.run(["getent", "hosts", HOST]).stdout.split()[0]
     own = Service(lab, lab.user.home / "nameless")

@@ -141,6 +141,7 @@ def proxied(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prox
     made.stop()
 
 
+@pytest.mark.slow
 def test_killed_between_requests(proxied: Proxied) -> None:
     proxied.start()
     proxied.must(3)
@@ -191,6 +192,7 @@ def test_hung(proxied: Proxied) -> None:
     assert len(proxied.events()) + unmetered == 6
 
 
+@pytest.mark.slow
 def test_hung_for_a_moment_only(proxied: Proxied) -> None:
     """It goes on with the streams that it holds."""
     proxied.start()

@@ -116,7 +116,7 @@ def test_a_connection_without_keys_is_named(lab: Lab, home: Path) -> None:
     done, told = run(lab, home, "env", "-u", "SSLKEYLOGFILE", *curl(1))
     assert done.returncode == 0, done.stderr
     assert "no request was metered; what the command spent is not known" in done.stderr
-    assert "it wrote no TLS keys. Use: halton-meter run --via proxy" in done.stderr
+    assert "it wrote no TLS keys. Use: sudo halton-meter run -- CMD\n" in done.stderr
     assert told["connections"]["metered"] == 0
     assert told["connections"]["seen"] == 1
 
@@ -195,6 +195,7 @@ def test_a_recording_through_the_proxy_needs_no_root(lab: Lab, home: Path) -> No
     assert key.encode() not in plaintext_of(file)
 
 
+@pytest.mark.slow
 def test_a_recording_through_the_proxy_has_the_turns_of_websockets(
     lab: Lab, home: Path, python: str
 ) -> None:

@@ -48,13 +48,29 @@ def test_requests_over_http3_are_metered_exactly(
     assert all("http3.py" in " ".join(event["argv"]) for event in events)
 
 
+def test_requests_before_the_handshake_are_metered_exactly(
+    lab: Lab, home: Path, project: Path
+) -> None:
+    """0-RTT: the second connection goes on with the first one's session."""
+    skip = len(lab.ledger())
+    argv = ["env", "ZERO_RTT=1", *client(4, Scenario(n=4, chunks=20))]
+    done, told = run(lab, home, *argv, project=project)
+    assert done.returncode == 0, done.stderr
+    *answers, early = done.stdout.splitlines()
+    assert [line.split()[0] for line in answers] == ["200"] * 4
+    assert early == "early True"
+    assert_metered(lab.ledger()[skip:], stored_events(lab, home / "data"), "keylog")
+    assert told["losses"] == {}
+    assert told["connections"]["metered"] == told["connections"]["seen"] == 2
+
+
 def test_without_its_keys_the_connection_is_named(lab: Lab, home: Path) -> None:
     elsewhere = home / "elsewhere.log"
     argv = ["env", f"SSLKEYLOGFILE={elsewhere}", *client(1, Scenario(n=4), stream=False)]
     done, told = run(lab, home, *argv)
     assert done.returncode == 0, done.stderr
     assert "no request was metered; what the command spent is not known" in done.stderr
-    assert "it wrote no TLS keys. Use: halton-meter run --via proxy" in done.stderr
+    assert "it wrote no TLS keys. Use: turn HTTP/3 off in the program\n" in done.stderr
     assert told["connections"]["metered"] == 0
     assert told["connections"]["seen"] == 1
 

@@ -24,6 +24,7 @@ from tests.lab.test_key_log import as_sudo, curl
 from tests.lab.test_key_log import home as home
 from tests.support.lab.lab import Lab
 from tests.support.lab.scenario import Scenario
+from tests.support.quick import slow
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
@@ -207,7 +208,7 @@ def test_what_a_shell_is_told_names_a_file_and_places_without_keys_are_said(
         service.stop()
 
 
-@pytest.mark.parametrize("via", [(), ("--via", "keylog"), ("--via", "proxy")])
+@pytest.mark.parametrize("via", [(), slow(("--via", "keylog")), slow(("--via", "proxy"))])
 def test_a_run_beside_the_service_is_counted_once(
     lab: Lab, key_log: KeyLogService, home: Path, via: tuple[str, ...]
 ) -> None:
@@ -261,7 +262,7 @@ def test_status_names_who_wrote_no_keys_and_stop_ends_it(lab: Lab, key_log: KeyL
     def said() -> str:
         return key_log.command("status").stdout
 
-    line = "to api.anthropic.com, 1 connection: it wrote no TLS keys. Use: halton-meter run --via"
+    line = "to api.anthropic.com, 1 connection: it wrote no TLS keys. Use: sudo halton-meter run"
     wait_until(lambda: line in said(), "the line")
     assert "key log ok" in said()
     assert "coverage: 0 of 1 connection to providers was metered" in said()

@@ -35,7 +35,11 @@ def client(lab: Lab) -> Path:
     return target
 
 
-def asked(lab: Lab, home: Path, client: Path, version: str) -> list[str]:
+def asked(lab: Lab, client: Path, version: str) -> tuple[list[str], list[str]]:
+    """What gives the run's environment, and the command.
+
+    A wrapper behind `run` would be named where the client ends before anybody looks.
+    """
     body = {
         "model": "claude-sonnet-4-5",
         "max_tokens": 64,
@@ -43,7 +47,7 @@ def asked(lab: Lab, home: Path, client: Path, version: str) -> list[str]:
         "messages": [{"role": "user", "content": Scenario(n=3, chunks=40).marker}],
     }
     given = [f"CA={lab.folder / 'ca.pem'}", f"BODY={json.dumps(body)}"]
-    return ["env", *given, str(client), URL, version, str(CONNECTIONS)]
+    return ["env", *given], [str(client), URL, version, str(CONNECTIONS)]
 
 
 @pytest.mark.parametrize("version", ["1.2", "1.3"])
@@ -51,7 +55,8 @@ def test_go_s_own_key_log_resumed_by_ticket_or_psk(
     lab: Lab, home: Path, client: Path, version: str, project: Path
 ) -> None:
     skip = len(lab.ledger())
-    done, told = run(lab, home, *asked(lab, home, client, version), project=project)
+    environment, command = asked(lab, client, version)
+    done, told = run(lab, home, *command, before=environment, project=project)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         f"TLS {version} {'false' if number == 0 else 'true'}" for number in range(CONNECTIONS)
@@ -69,10 +74,10 @@ def test_ids_of_events_are_those_that_uprobes_give(
 ) -> None:
     """Two stores of the same requests, one by each witness."""
     lab = bench.lab
-    argv = curl(5, "--http2") if kind == "curl" else asked(lab, home, client, "1.3")
+    before, argv = ([], curl(5, "--http2")) if kind == "curl" else asked(lab, client, "1.3")
     if kind == "go":
         recognised(bench, client)
-    command = [*HALTON_METER, "run", "--via", "keylog", "--", *argv]
+    command = [*before, *HALTON_METER, "run", "--via", "keylog", "--", *argv]
     seen = bench.observe(command, env=as_sudo(lab, home), user=None)
     events = stored_events(lab, home / "data")
     assert len(seen.events) == len(seen.served) == (1 if kind == "curl" else CONNECTIONS)

@@ -170,6 +170,7 @@ def test_an_old_connection_is_counted_then_metered_then_known_at_once(
     assert "http2_without_name" not in again.status()["losses"]
 
 
+@pytest.mark.slow
 def test_old_connections_to_other_hosts_reach_nobody(
     lab: Lab, start: Start, begin_service: Any
 ) -> None:

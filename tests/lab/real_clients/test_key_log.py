@@ -66,7 +66,7 @@ def by_key_log(
     assert {part["cause"] for part in parts} == {expected}, parts
     hosts = {line["host"] for line in served}
     assert hosts <= {part["host"] for part in parts}, (hosts, parts)
-    assert f"{CAUSES[expected]}. Use: halton-meter run --via proxy" in done.stderr
+    assert f"{CAUSES[expected]}. Use: sudo halton-meter run -- CMD" in done.stderr
     return f"named: {CAUSES[expected]}"
 
 
@@ -237,7 +237,7 @@ QUIC_FLAGS += ["--enable-quic", "--origin-to-force-quic-on=api.anthropic.com:443
 
 def chromium_argv(lab: Lab, home: Path, flags: Sequence[str]) -> list[str]:
     """Chromium on a page that asks providers, trusting the lab's server."""
-    chromium, page = _copy(lab), lab.folder / "fetch.html"
+    chromium, page = copied(lab), lab.folder / "fetch.html"
     page.write_bytes(PAGE.read_bytes())
     page.chmod(0o644)
     profile = home / "profile"
@@ -245,11 +245,6 @@ def chromium_argv(lab: Lab, home: Path, flags: Sequence[str]) -> list[str]:
     os.chown(profile, lab.user.uid, lab.user.gid)
     trust = f"--ignore-certificate-errors-spki-list={trusted_key(lab)}"
     return [str(chromium), *flags, trust, f"--user-data-dir={profile}", page.as_uri()]
-
-
-def _copy(lab: Lab) -> Path:
-    made = lab.folder / "programs" / "chromium" / "chromium"
-    return made if made.exists() else copied(lab)
 
 
 @NEEDS_CHROMIUM

@@ -27,6 +27,8 @@ pytestmark = pytest.mark.lab
 
 Install = Callable[[Program], Path]
 STACK = "BoringSSL, static and stripped"
+# What nobody runs yet is searched at the lowest priority: beside busy programs that may take long.
+SEARCHED_S_MAX = 400.0
 HERE = Path(__file__).parent
 SCRIPT = HERE / "fetch.mjs"
 GRPC_CLIENT = HERE / "grpc_client.py"
@@ -40,11 +42,16 @@ def newest_first(programs: Sequence[Program]) -> list[Any]:
 def attached(bench: Bench, library: Path | str) -> None:
     """Return once the service has probes in a file (or in one of that name)."""
 
+    status: dict[str, Any] = {}
+
     def has_probes() -> bool:
-        status = bench.service.status() or {}
+        status.update(bench.service.status() or {})
         return any(Path(each).match(str(library)) for each in status.get("libraries", ()))
 
-    wait_until(has_probes, f"probes in {library}")
+    try:
+        wait_until(has_probes, f"probes in {library}", SEARCHED_S_MAX)
+    except AssertionError as late:
+        raise AssertionError(f"{late}; the service: {json.dumps(status)}") from late
 
 
 def recognised(bench: Bench, library: Path | str, *argv: str) -> None:

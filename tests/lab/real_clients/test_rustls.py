@@ -6,6 +6,7 @@ Nothing is told to them and nothing of them has symbols: they are as their maker
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -21,7 +22,14 @@ from capture.helper_process import Scope
 from capture.uprobes import UprobeSource
 from halton_meter.model import Direction
 from tests.kernel.conftest import Seen, gather
-from tests.lab.conftest import CLIENTS, Bench, Service, assert_metered
+from tests.lab.conftest import (
+    CLIENTS,
+    HALTON_METER,
+    Bench,
+    Service,
+    assert_metered,
+    stored_events,
+)
 from tests.lab.real_clients.programs import Program
 from tests.lab.real_clients.results import note
 from tests.lab.real_clients.rust_packages import (
@@ -39,6 +47,7 @@ from tests.lab.real_clients.test_metered import (
     recognised,
     script_beside,
 )
+from tests.lab.test_run import as_sudo
 from tests.lab.test_service import HELPER, METERING, is_seen, kill
 from tests.support.lab.lab import Lab
 from tests.support.quick import slow
@@ -85,6 +94,27 @@ def test_a_package_with_rustls_is_metered_exactly(
         version
     }
     note(f"{program.package} (Python)", program.version, STACK)
+
+
+def test_a_library_that_an_earlier_run_learned_has_its_probes_before_the_first_request(
+    lab: Lab, python: str
+) -> None:
+    """It needs no search then, and its name does not say that there is TLS in it."""
+    found = package(lab, HTTPR)
+    for attempt in range(3):
+        home = lab.user.home / f"run-of-httpr-{attempt}"
+        home.mkdir()
+        os.chown(home, lab.user.uid, lab.user.gid)
+        skip = len(lab.ledger())
+        command = found.asks(python, 1, 1, "4", "http2")
+        environment = as_sudo(lab, home, PYTHONPATH=found.environment()["PYTHONPATH"])
+        argv = [*HALTON_METER, "run", "--via", "uprobes", "--", *command]
+        done = lab.run(argv, env=environment)
+        assert done.returncode == 0, done.stderr
+        served = lab.ledger()[skip:]
+        assert len(served) == 4
+        assert_metered(served, stored_events(lab, home))
+        assert "lost" not in done.stderr, done.stderr
 
 
 @pytest.mark.slow

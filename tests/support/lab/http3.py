@@ -12,6 +12,7 @@ from aioquic.h3.connection import H3_ALPN, H3Connection
 from aioquic.h3.events import DataReceived, HeadersReceived
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.events import ProtocolNegotiated, QuicEvent
+from aioquic.tls import SessionTicket
 
 from tests.support.lab.answers import answer
 
@@ -69,5 +70,13 @@ async def listen(ledger: Any, said_by: Any, folder: Path, port: int) -> None:
     configuration = QuicConfiguration(is_client=False, alpn_protocols=H3_ALPN)
     configuration.load_cert_chain(folder / "leaf.pem", folder / "leaf.pem")
     Protocol = type("Protocol", (Http3,), {"ledger": ledger, "said_by": staticmethod(said_by)})
+    tickets: dict[bytes, SessionTicket] = {}
     with contextlib.suppress(asyncio.CancelledError):
-        await serve("127.0.0.1", port, configuration=configuration, create_protocol=Protocol)
+        await serve(
+            "127.0.0.1",
+            port,
+            configuration=configuration,
+            create_protocol=Protocol,
+            session_ticket_handler=lambda ticket: tickets.update({ticket.ticket: ticket}),
+            session_ticket_fetcher=lambda ticket: tickets.pop(ticket, None),
+        )

@@ -2,7 +2,9 @@
 
     python http3.py HOST PATH COUNT BODY [CA]
 
-SSLKEYLOGFILE names its key log. Prints the status of each answer and its bytes.
+SSLKEYLOGFILE names its key log. Prints the status of each answer and its bytes. With ZERO_RTT=1 all
+requests but the first go over a second connection, which goes on with the first one's session: they
+are sent before its handshake, and it says whether the server took them.
 """
 
 import asyncio
@@ -15,6 +17,7 @@ from aioquic.h3.events import DataReceived, HeadersReceived
 from aioquic.quic.configuration import QuicConfiguration
 
 HOST, PATH, COUNT, BODY = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4].encode()
+EARLY = os.environ.get("ZERO_RTT") == "1"
 UPDATES = os.environ.get("KEY_UPDATE") == "1"
 
 
@@ -59,14 +62,20 @@ async def main():
     configuration.load_verify_locations(os.environ["SSL_CERT_FILE"])
     with open(os.environ["SSLKEYLOGFILE"], "a") as keys:
         configuration.secrets_log_file = keys
-        async with connect(
-            HOST, 443, configuration=configuration, create_protocol=Client
-        ) as client:
+        tickets = []
+        options = {"configuration": configuration, "create_protocol": Client}
+        async with connect(HOST, 443, session_ticket_handler=tickets.append, **options) as client:
             await client.ask()
             keys.flush()
             if UPDATES:
                 client.request_key_update()
-            await asyncio.gather(*(client.ask() for _ in range(COUNT - 1)))
+            if not EARLY:
+                await asyncio.gather(*(client.ask() for _ in range(COUNT - 1)))
+        if EARLY:
+            configuration.session_ticket = tickets[0]
+            async with connect(HOST, 443, wait_connected=False, **options) as client:
+                await asyncio.gather(*(client.ask() for _ in range(COUNT - 1)))
+                print("early", client._quic.tls.early_data_accepted, flush=True)
 
 
 asyncio.run(main())

@@ -1,0 +1,2 @@
+module ech
+go 1.24
