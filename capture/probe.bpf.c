@@ -393,6 +393,8 @@ struct tcp_socket {
 	u8 writes;
 	u16 flags;
 	u32 hello; /* of its ClientHello's random bytes the first four: who passes it on has the same */
+	u32 parent; /* of its process, at its fork; 0: not known */
+	u32 unused;
 	char comm[16];
 	char host[HOST_BYTES_MAX];
 };
@@ -854,12 +856,21 @@ struct open_record {
 	char host[HOST_BYTES_MAX];
 };
 
-/* When the current process was forked; 0 for one that is older than we are. */
-INLINE u64 born_ns(void)
+/* When the current process was forked, and by which; zeros for one that is older than we are. */
+INLINE struct birth current_birth(void)
 {
+	struct birth unknown = {};
 	u32 born = bpf_get_current_pid_tgid() >> 32;
 	struct birth *birth = births_get(&born);
-	return birth ? birth->at_ns : 0;
+	return birth ? *birth : unknown;
+}
+
+/* In an OPEN and a USED: of whom this process is a fork, should it be gone before it is looked at. */
+INLINE void tell_birth(struct record *r)
+{
+	struct birth birth = current_birth();
+	r->offset = birth.at_ns;
+	r->captured = birth.parent;
 }
 
 /* The same news in the other ring, which is read at once: who is it, before it exits? */
@@ -872,7 +883,7 @@ INLINE void point_out(struct key *key, struct connection *c)
 	}
 	fill(r, KIND_OPEN, key, c, c->opened_ns);
 	r->length = membership(key->tgid) >> TREE_FLAG_BITS; /* the run */
-	r->offset = born_ns();
+	tell_birth(r);
 	process_ring_submit(r);
 }
 
@@ -885,7 +896,7 @@ INLINE void announce(struct key *key, struct connection *c)
 	}
 	fill(&r->head, KIND_OPEN, key, c, c->opened_ns);
 	r->head.size = sizeof(*r);
-	r->head.offset = born_ns();
+	tell_birth(&r->head);
 	r->head.length = membership(key->tgid) >> TREE_FLAG_BITS; /* the run */
 	__builtin_memcpy(r->comm, c->comm, sizeof(r->comm));
 	__builtin_memcpy(r->host, c->host, sizeof(r->host));
@@ -1041,7 +1052,7 @@ INLINE void tell_used(struct key *key, struct connection *c, u64 now)
 	}
 	fill(&r->head, KIND_USED, key, c, now);
 	r->head.size = sizeof(*r);
-	r->head.offset = born_ns();
+	tell_birth(&r->head);
 	__builtin_memcpy(r->comm, c->comm, sizeof(r->comm));
 	__builtin_memcpy(r->host, c->host, sizeof(r->host));
 	process_ring_submit(r);
@@ -2986,15 +2997,13 @@ INLINE int executed(struct exec_arguments *a, u64 sp)
 	struct exec_record *r = exec_scratch_get(&zero);
 	if (!r)
 		return 0;
-	u32 born = bpf_get_current_pid_tgid() >> 32;
-	struct birth *birth = births_get(&born);
 	__builtin_memset(r, 0, EXEC_BYTES_MIN);
 	bpf_probe_read_kernel_str(r->path, sizeof(r->path), (char *)a + (a->filename & 0xffff));
 	r->head.kind = KIND_EXEC;
 	r->head.tgid = tgid;
 	r->head.uid = bpf_get_current_uid_gid();
 	r->head.at_ns = bpf_ktime_get_ns();
-	r->head.offset = birth ? birth->parent : 0;
+	r->head.offset = current_birth().parent;
 	bpf_get_current_comm(r->comm, sizeof(r->comm));
 	if (sp) {
 		copy_arguments(r, sp);
@@ -3608,7 +3617,9 @@ INLINE void socket_opened(struct state_arguments *a)
 	if (!t)
 		return;
 	t->opened_ns = bpf_ktime_get_ns();
-	t->born_ns = born_ns();
+	struct birth birth = current_birth();
+	t->born_ns = birth.at_ns;
+	t->parent = birth.parent;
 	t->tgid = ids >> 32;
 	t->uid = bpf_get_current_uid_gid();
 	t->run = membership(t->tgid) >> TREE_FLAG_BITS;
@@ -3720,7 +3731,9 @@ INLINE void quic_opened(u64 sk, u64 total)
 	r->head.at_ns = bpf_ktime_get_ns();
 	r->head.opened_ns = r->head.at_ns;
 	r->socket.opened_ns = r->head.at_ns;
-	r->socket.born_ns = born_ns();
+	struct birth birth = current_birth();
+	r->socket.born_ns = birth.at_ns;
+	r->socket.parent = birth.parent;
 	r->socket.tgid = tgid;
 	r->socket.uid = r->head.uid;
 	r->socket.run = membership(tgid) >> TREE_FLAG_BITS;

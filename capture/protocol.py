@@ -15,7 +15,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 PREFIX = struct.Struct("=IHBB")
 RECORD = struct.Struct("=IHBBIIQQQQII")
@@ -24,8 +24,8 @@ RECORD = struct.Struct("=IHBBIIQQQQII")
 CONNECTION_KEY = struct.Struct("=QII")
 CONNECTION = struct.Struct("=QQQQQQIBBBx16s128s")
 # `struct tcp_socket`: opened, born, sent, received, hello_sent, used, linked, skip, tgid, uid, run,
-# port, family, address, state, writes, flags, hello, comm, host.
-SOCKET = struct.Struct("=QQQQQQQQIIIHH16sBBHI16s128s")
+# port, family, address, state, writes, flags, hello, parent, unused, comm, host.
+SOCKET = struct.Struct("=QQQQQQQQIIIHH16sBBHII4x16s128s")
 FRAME_BYTES_MAX = 16 * 1024 * 1024
 COMMAND_BYTES_MAX = 1024 * 1024
 HOST_BYTES_MAX = 128
@@ -96,6 +96,14 @@ class SocketFlag(enum.IntFlag):
     UNNAMED = 512
 
 
+class Birth(NamedTuple):
+    """A process's fork: when (monotonic; 0: not known), by which (0: not known), and its user."""
+
+    at_ns: int = 0
+    parent: int = 0
+    uid: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Socket:
     """A TCP connection as the kernel's socket shows it; `family` is AF_INET or AF_INET6.
@@ -123,6 +131,12 @@ class Socket:
     comm: str
     host: str
     hello: int = 0
+    parent: int = 0
+
+    @property
+    def birth(self) -> Birth:
+        """How its process came to be."""
+        return Birth(self.born_ns, self.parent, self.uid)
 
 
 def decode_socket(raw: bytes) -> Socket:
@@ -131,7 +145,7 @@ def decode_socket(raw: bytes) -> Socket:
         raise ProtocolViolation(f"a socket of {len(raw)} bytes")
     fields = SOCKET.unpack_from(raw)
     opened, born, sent, received, hello_sent, used, linked, _ = fields[:8]
-    tgid, uid, run, port, family, address, state, _, flags, hello, comm, host = fields[8:]
+    tgid, uid, run, port, family, address, state, _, flags, hello, parent, comm, host = fields[8:]
     return Socket(
         opened,
         born,
@@ -151,6 +165,7 @@ def decode_socket(raw: bytes) -> Socket:
         text(comm),
         text(host),
         hello,
+        parent,
     )
 
 
@@ -162,6 +177,7 @@ class ProtocolViolation(Exception):
 class Record:
     """A kernel record. `offset` of a CLOSE is the number of bytes sent, `received` the other.
 
+    Of an OPEN and a USED `offset` is when the process was forked, and `parent` by which.
     Of an EXEC `data` are the arguments, each ended by NUL, as far as they were copied, `length`
     their bytes in all, `project` the variable HALTON_PROJECT and `offset` the parent at birth.
     """
@@ -183,6 +199,12 @@ class Record:
     project: bytes = b""
     received: int = 0
     socket: Socket | None = None
+    parent: int = 0
+
+    @property
+    def birth(self) -> Birth:
+        """How the process of an OPEN or a USED came to be."""
+        return Birth(self.offset, self.parent, self.uid)
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -210,7 +232,10 @@ def decode_record(frame: bytes) -> Record:
         return Record(*fields, socket=decode_socket(body))
     if kind in (OPEN, USED):
         return Record(
-            *fields, comm=text(body[:COMM_BYTES]), host=text(body[COMM_BYTES:][:HOST_BYTES_MAX])
+            *fields,
+            comm=text(body[:COMM_BYTES]),
+            host=text(body[COMM_BYTES:][:HOST_BYTES_MAX]),
+            parent=captured,
         )
     if kind == CLOSE and len(body) >= 8:
         names = body[8:]
@@ -268,7 +293,7 @@ def encode_open(record: Record) -> bytes:
             record.at_ns,
             record.offset,
             record.length,
-            0,
+            record.parent,
         )
         + names
     )

@@ -186,9 +186,7 @@ class Discovery:
         self._news += taken
         for record in taken:
             if record.kind == protocol.OPEN:
-                self.identities.of(
-                    record.tgid, fresh=True, at_ns=record.at_ns, born_ns=record.offset
-                )
+                self.identities.of(record.tgid, fresh=True, at_ns=record.at_ns, birth=record.birth)
                 self._on_open(record)
                 self._on_begin(record.tgid)
             elif record.kind in _OF_SOCKETS:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from capture.helper.files.file import open_regular
 from capture.processes.arguments import REDACTED, without_secrets
 from capture.processes.proc import (
+    PARENTS_MAX,
     parents_of,
     project_in,
     read_process,
@@ -32,7 +33,7 @@ from capture.processes.proc import (
     working_directory,
 )
 from capture.processes.roots import Ancestor
-from capture.protocol import Record
+from capture.protocol import Birth, Record
 from halton_meter.model import Process
 
 IDENTITY_S = 1.0
@@ -44,6 +45,7 @@ LIFE_KEPT_NS = 30_000_000_000
 LIVES_OF_ONE_MAX = 64  # in that time: a shell that becomes `env` that becomes the client, and so on
 HEAD_BYTES = 256  # of a program: the kernel reads as much of its first line
 _NEVER = float("-inf")
+_UNKNOWN = Birth()
 
 
 @dataclass(slots=True)
@@ -90,22 +92,42 @@ class Identities:
         self._added(len(record.data))
 
     def of(
-        self, pid: int, *, fresh: bool = False, at_ns: int | None = None, born_ns: int = 0
+        self, pid: int, *, fresh: bool = False, at_ns: int | None = None, birth: Birth = _UNKNOWN
     ) -> Process | None:
         """Who it is, or was at that (monotonic) time; None when that is not known.
 
-        `born_ns` is when the process was forked that had the number then, 0 where it is not known.
-        Read anew when what is known is older than IDENTITY_S, or for `fresh`.
+        `birth` is of the process that had the number then. Where it has ended and ran no program
+        of its own, it is what its parent was. Read anew when what is known is older than
+        IDENTITY_S, or for `fresh`.
         """
-        life = self._life_now(pid) if at_ns is None else self._life_at(pid, at_ns, born_ns)
+        life = self._life_now(pid) if at_ns is None else self._life_at(pid, at_ns, birth.at_ns)
         if life is None:
-            return None
+            return self._as_forked(pid, birth)
         lives = self._lives.get(pid)
         if lives is None or life is lives[-1]:
             self._read(pid, life, fresh, at_ns)
         if life.process is None and life.executed is not None:
             life.process = self._as_executed(life, lives or [])
+        elif life.process is None or not (life.process.exe or life.process.argv):
+            life.process = self._as_forked(pid, birth) or life.process
         return life.process
+
+    def _as_forked(self, pid: int, birth: Birth) -> Process | None:
+        """A fork that is gone, or a zombie, by what its parent was when it made it."""
+        if not birth.parent or birth.parent == pid:
+            return None
+        parent = self.of(birth.parent, at_ns=birth.at_ns)
+        if parent is None:
+            return None
+        name = os.path.basename(parent.exe) if parent.exe else ""
+        return replace(
+            parent,
+            pid=pid,
+            started_ns=_wall_ns(birth.at_ns),
+            uid=birth.uid,
+            user=user_name(birth.uid),
+            parents=((parent.pid, name), *parent.parents)[:PARENTS_MAX],
+        )
 
     @staticmethod
     def _as_executed(life: _Life, lives: Sequence[_Life]) -> Process:
@@ -232,7 +254,7 @@ def process_as_executed(record: Record, cwd: str | None = None) -> Process:
     own = Ancestor(record.tgid, record.at_ns // _tick_ns(), parent, exe, arguments)
     return Process(
         pid=record.tgid,
-        started_ns=time.time_ns() - time.monotonic_ns() + record.at_ns,
+        started_ns=_wall_ns(record.at_ns),
         exe=exe,
         argv=without_secrets(arguments),
         cwd=cwd,
@@ -290,6 +312,10 @@ def _began_ns(pid: int) -> int | None:
 
 def _is_after(began_ns: int, at_ns: int) -> bool:
     return began_ns - _tick_ns() > at_ns
+
+
+def _wall_ns(monotonic_ns: int) -> int:
+    return time.time_ns() - time.monotonic_ns() + monotonic_ns
 
 
 def _tick_ns() -> int:

@@ -209,7 +209,7 @@ class Helper:
     def _owner(self, socket: protocol.Socket) -> Process:
         """Whose connection it is."""
         process = self._discovery.identities.of(
-            socket.tgid, at_ns=socket.opened_ns, born_ns=socket.born_ns
+            socket.tgid, at_ns=socket.opened_ns, birth=socket.birth
         )
         known = process or Process(
             pid=socket.tgid, started_ns=0, exe=socket.comm or None, uid=socket.uid
@@ -268,9 +268,7 @@ class Helper:
         """The process of a connection, as a frame; nothing when it is not known."""
         if (known := self._process_frames.get(record.key)) is not None:
             return [known]
-        process = self._discovery.identities.of(
-            record.tgid, at_ns=record.at_ns, born_ns=record.offset
-        )
+        process = self._discovery.identities.of(record.tgid, at_ns=record.at_ns, birth=record.birth)
         if process is None:
             return []
         process = self._tree.with_run(process, record.length)
@@ -534,9 +532,7 @@ class Helper:
 
     def _on_open(self, record: protocol.Record, frame: bytes) -> list[bytes]:
         self._discovery.take_news()  # its exec may be among them
-        process = self._discovery.identities.of(
-            record.tgid, at_ns=record.at_ns, born_ns=record.offset
-        )
+        process = self._discovery.identities.of(record.tgid, at_ns=record.at_ns, birth=record.birth)
         self._programs_unknown += process is None
         about = [] if record.key in self._process_frames else self._process_frame_of(record)
         self._connections.setdefault(record.tgid, set()).add(record.ssl)

@@ -22,7 +22,7 @@ from capture import bpf, protocol
 from capture.functions.stacks import Stack
 from capture.processes import proc
 from capture.processes.sockets import listening
-from capture.protocol import Socket, SocketFlag
+from capture.protocol import Birth, Socket, SocketFlag
 from halton_meter.model import Process, is_own_proxy
 
 PROCESSES_MAX = 4096  # remembered, those with connections that were seen last
@@ -170,7 +170,7 @@ class Sockets:
         if known.older and record.flags & protocol.FLAG_JOINED:
             mine = (each for each in known.older if self._host_of(each) == record.host)
             known.older.remove(next(mine, known.older[0]))
-            socket = _unseen(record.tgid, record.offset, record.host)
+            socket = _unseen(record.tgid, record.birth, record.host)
             self._add(self._name(socket), socket, None, None)
         else:
             holder = known if known.may_lead_to(record.host) else self._lender(record) or known
@@ -180,14 +180,20 @@ class Sockets:
         """Of a process without a connection of its own to the host: the nearest one above that has
         one on which no probe saw it write. It made the handshake, and the child sends the request.
         """
-        process = self._name(_unseen(record.tgid, record.offset, record.host))
+        process = self._name(_unseen(record.tgid, record.birth, record.host))
         for above, _ in process.parents:
             for (pid, _born_ns), known in self._processes.items():
-                if pid == above and known.may_lead_to(record.host):
-                    states = self._states(known).values()
-                    if any(now and now.host == record.host and not now.linked for now in states):
-                        return known
+                if pid == above and self._has_unlinked(known, record.host):
+                    return known
         return None
+
+    def _has_unlinked(self, known: _OfProcess, host: str) -> bool:
+        """Whether it has, or had a moment ago, a connection to a host on which no probe saw it
+        write."""
+        states = self._states(known)
+        sockets = [now or known.open[number].socket for number, now in states.items()]
+        sockets += [socket for _, socket in known.ended]
+        return any(socket.host == host and not socket.linked for socket in sockets)
 
     def note_older(self, pid: int, addresses: list[bytes]) -> None:
         """A process has connections that were opened before anybody watched."""
@@ -441,7 +447,7 @@ class Sockets:
         """Those of a process's older connections that are known to lead to a provider."""
         for address in known.older:
             if host := self._host_of(address):
-                socket = _unseen(pid, born_ns, host)
+                socket = _unseen(pid, Birth(born_ns), host)
                 self._add(self._name(socket), socket, Cause(OLDER, None), None)
 
 
@@ -470,12 +476,27 @@ def _uncertainty(ended: tuple[_Seen | None, Socket]) -> tuple[bool, bool]:
     return not socket.linked, bool(socket.flags & SocketFlag.ECH)
 
 
-def _unseen(pid: int, born_ns: int, host: str) -> Socket:
+def _unseen(pid: int, birth: Birth, host: str) -> Socket:
     """A connection that nobody saw being opened."""
-    now_ns = time.monotonic_ns()
-    nothing = protocol.SocketFlag(0)
     return Socket(
-        now_ns, born_ns, 0, 0, 0, 0, 0, pid, 0, 0, 0, 0, bytes(16), True, nothing, "", host
+        opened_ns=time.monotonic_ns(),
+        born_ns=birth.at_ns,
+        sent=0,
+        received=0,
+        hello_sent=0,
+        used_ns=0,
+        linked=0,
+        tgid=pid,
+        uid=birth.uid,
+        run=0,
+        port=0,
+        family=0,
+        address=bytes(16),
+        is_seen=True,
+        flags=SocketFlag(0),
+        comm="",
+        host=host,
+        parent=birth.parent,
     )
 
 

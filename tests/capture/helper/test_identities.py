@@ -22,7 +22,8 @@ from capture.helper.identities import (
     program_of,
 )
 from capture.processes.arguments import REDACTED
-from capture.protocol import Record
+from capture.processes.proc import read_process
+from capture.protocol import Birth, Record
 from halton_meter.model import Process
 
 NOBODY = 4_194_303  # no process has this number: the largest that PID_MAX_LIMIT allows, less one
@@ -310,7 +311,7 @@ class World:
                 self.identities.forget(PID, record)
                 continue
             self.act_on_news()
-            found = self.identities.of(PID, at_ns=record.at_ns, born_ns=record.offset)
+            found = self.identities.of(PID, at_ns=record.at_ns, birth=record.birth)
             if found is not None:
                 assert found.argv == (program,)
             elif not program.startswith("fork"):
@@ -344,9 +345,45 @@ def test_a_fork_that_runs_no_program_is_known_if_it_was_looked_at(
     [(program, record)] = world.connections
     assert isinstance(record, Record)
     world.exit()
-    found = world.identities.of(PID, at_ns=record.at_ns, born_ns=record.offset)
+    found = world.identities.of(PID, at_ns=record.at_ns, birth=record.birth)
     assert found is not None
     assert found.argv == (program,)
+
+
+@pytest.mark.parametrize("is_zombie", [False, True])
+def test_a_fork_that_ended_before_it_was_looked_at_is_what_its_parent_was(is_zombie: bool) -> None:
+    before_ns = time.monotonic_ns()
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    if not is_zombie:
+        os.waitpid(child, 0)
+    birth = Birth(before_ns, os.getpid(), os.getuid())
+    found = Identities().of(child, at_ns=time.monotonic_ns(), birth=birth)
+    if is_zombie:
+        os.waitpid(child, 0)
+    own = read_process(os.getpid())
+    assert found is not None
+    assert own is not None
+    assert (found.pid, found.exe, found.argv, found.cwd) == (child, own.exe, own.argv, own.cwd)
+    assert found.parents == ((own.pid, os.path.basename(own.exe or "")), *own.parents)
+    assert abs(found.started_ns - time.time_ns()) < 60_000_000_000
+
+
+def test_a_fork_of_a_process_that_is_gone_too_is_what_the_kernel_told_of_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch)
+    for step in ("execute", "look", "connect", "exit"):
+        world.now_ns += STEP_NS
+        getattr(world, step)()
+    [(program, record)] = world.connections[:1]
+    assert isinstance(record, Record)
+    birth = Birth(record.at_ns, PID, 0)
+    found = world.identities.of(PID + 1, at_ns=record.at_ns + STEP_NS, birth=birth)
+    assert found is not None
+    assert (found.pid, found.argv, found.parents[0][0]) == (PID + 1, (program,), PID)
 
 
 def test_the_program_of_a_path(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class Table:
         fields += (made.used_ns, made.linked, 0, made.tgid, made.uid, made.run, made.port)
         names = (made.comm.encode(), made.host.encode())
         self.values[number.to_bytes(8, "little")] = protocol.SOCKET.pack(
-            *fields, made.family, made.address, 1, 1, int(made.flags), 0, *names
+            *fields, made.family, made.address, 1, 1, int(made.flags), 0, 0, *names
         )
 
 
@@ -73,7 +73,12 @@ class Place:
         self.sockets = Sockets(
             table,
             addresses,
-            lambda made: Process(pid=made.tgid, started_ns=0, exe=f"/bin/{made.tgid}"),
+            lambda made: Process(
+                pid=made.tgid,
+                started_ns=0,
+                exe=f"/bin/{made.tgid}",
+                parents=((made.parent, "parent"),) if made.parent else (),
+            ),
             lambda pid, at_ns: Cause("stack_not_probed", "rustls"),
             lambda pid, connection: "rustls" if connection & protocol.RUSTLS_ID else "OpenSSL",
         )
@@ -86,10 +91,12 @@ class Place:
         self.table.values.pop(number.to_bytes(8, "little"), None)
         self.sockets.take(_record(protocol.SOCKET_ENDED, number, made))
 
-    def uses(self, host: str = HOST, *, pid: int = PID, joined: bool = False) -> None:
+    def uses(
+        self, host: str = HOST, *, pid: int = PID, joined: bool = False, parent: int = 0
+    ) -> None:
         """A TLS connection sends its first plaintext through a probe."""
         fields = (protocol.USED, 0, int(joined), pid, 0, 99, 5, 6, 1, 0)
-        self.sockets.take(Record(*fields, host=host))
+        self.sockets.take(Record(*fields, host=host, parent=parent))
 
     def sums(self) -> list[tuple[Any, ...]]:
         return _short(self.sockets.take_sums())
@@ -124,6 +131,25 @@ def test_as_many_are_metered_as_sent_plaintext_through_a_probe(place: Place) -> 
         place.ends(number, socket())
     assert place.sums() == [(*METERED, 3), (*NOT_PROBED, 1)]
     assert place.sums() == []
+
+
+@pytest.mark.parametrize("end_is", ["to come", "not told yet", "told"])
+def test_what_a_child_sends_on_its_parent_s_connection_is_the_parent_s(
+    place: Place, end_is: str
+) -> None:
+    """The child is gone when this is heard, and the parent has closed the connection, too."""
+    place.opens(1, socket())
+    if end_is == "not told yet":
+        place.table.values.clear()
+    elif end_is == "told":
+        place.opens(2, socket(host="other.test"))  # so that the end is not judged at once
+        place.table.values.clear()
+        place.ends(1, socket())
+    place.uses(pid=PID + 1, parent=PID)
+    if end_is != "told":
+        place.ends(1, socket())
+    place.table.put(2, socket(host="other.test"))
+    assert (*METERED, 1) in place.sums()
 
 
 def test_which_ones_the_thread_shows_where_it_does(place: Place) -> None:
