@@ -18,7 +18,8 @@ TEST_COMMANDS := tshark chromium clang gcc aarch64-linux-gnu-gcc curl node npm g
 TEST_PACKAGES := tshark chromium clang llvm gcc libc6-dev libssl-dev libbpf1 libbpf-dev bpftool python3-bpfcc \
 	gcc-aarch64-linux-gnu libc6-dev-arm64-cross \
 	clang-19 linux-headers-amd64 curl nodejs npm golang-go default-jdk-headless iproute2 nftables procps zsh fish \
-	systemd dbus-user-session libglib2.0-bin gsettings-desktop-schemas dconf-gsettings-backend
+	systemd dbus-user-session libglib2.0-bin gsettings-desktop-schemas dconf-gsettings-backend \
+	libcurl3-nss libmbedtls-dev libwolfssl-dev
 
 # setuptools warns at length of what any editable install is.
 QUIETLY := PYTHONWARNINGS=ignore
@@ -27,7 +28,7 @@ QUIETLY := PYTHONWARNINGS=ignore
 CLIENT_COMMANDS := erl gnutls-cli http lua5.4 ncat php pypy3 ruby socat tclsh haproxy stunnel perl mcs haxe
 CLIENT_PACKAGES := erlang-base erlang-inets erlang-ssl gnutls-bin httpie lua5.4 lua-sec ncat php-cli php-curl \
 	pypy3 python3-pycurl ruby socat tcl tcl-tls haproxy stunnel4 liblwp-protocol-https-perl \
-	mono-runtime mono-mcs ca-certificates-mono haxe libcurl3-nss libmbedtls-dev libwolfssl-dev
+	mono-runtime mono-mcs ca-certificates-mono haxe
 
 .PHONY: demo test test-all setup setup-test lint unit kernel lab clients fuzz bench bench-toy clean
 

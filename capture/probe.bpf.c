@@ -26,6 +26,7 @@
 #define PROCESS_RING_BYTES (1024 * 1024) /* 230 execs with the longest arguments, 1,500 usual ones */
 
 #define HOST_BYTES_MAX 128 /* longer names are nobody's we meter: denied */
+#define HEAD_BLOCK_BYTES 125 /* of it are searched by one call: 17 of them, that overlap, are 2,045 */
 #define HEAD_BYTES_MAX 2048 /* how far into a request head we look for Host */
 #define PIECE_BYTES_MAX 16384 /* one TLS record; one ring record */
 #define PIECES_MAX 64 /* ring records a call: 1 MiB; the rest of a larger write is a hole */
@@ -42,6 +43,7 @@
 #define UIDS_MAX 1024
 #define FILE_PROGRAMS_MAX 256 /* as many as the cookie has numbers for */
 #define FILES_MAX 4096 /* files with a number of their own */
+#define NAME_BLOCK_BYTES 256 /* searched by one call */
 #define NAME_SCAN_BYTES 4096 /* of an SSL object: OpenSSL 1.1.1 has it at 1600, 3.0 at 2648, 3.5 at 2592 */
 #define NAME_VOTES_MIN 2 /* connections: one might be chance, memory that another use has left */
 #define NAME_SCANS_MAX 16 /* of one file, without enough votes */
@@ -63,6 +65,7 @@
 #define QUIC_BYTES_MIN 1200 /* of a datagram that opens a QUIC connection (RFC 9000, 14.1) */
 #define ADDRESSES_A_LOOKUP_MAX 8
 #define RUSTLS_PIECES_MAX 64 /* of one record that is sent: hyper hands over so many at once */
+#define RUSTLS_BLOCK_BYTES 256 /* searched by one call */
 #define RUSTLS_SCAN_BYTES 2048 /* of a connection: 0.23 has its state at 904 */
 #define RUSTLS_STATES_MAX 8 /* places in a connection where its state may be */
 #define RUSTLS_STATE_BYTES 512 /* of a state, in which the name is looked for: 0.23 has it at 16 */
@@ -1080,6 +1083,36 @@ INLINE u64 begin_copy(struct chunk *c, u64 total)
 	return cut > total ? total : cut;
 }
 
+/* What an APART function is given of a connection and a call, beside the SSL object. */
+#define OWNER(tgid, direction) ((u64)(direction) << 32 | (tgid))
+
+INLINE int find_chunk(struct chunk *c, u64 owner, u64 address, u64 now)
+{
+	c->key->tgid = owner;
+	c->connection = connections_get(c->key);
+	if (!c->connection)
+		return 0;
+	c->direction = owner >> 32 & 1;
+	c->offset = c->direction == SENT ? &c->connection->sent : &c->connection->received;
+	c->address = address;
+	c->now = now;
+	return 1;
+}
+
+/* One of the largest pieces, of a call of several. */
+APART int copy_large(u64 ssl, u64 owner, u64 address, u64 now)
+{
+	struct key key = {.ssl = ssl};
+	struct chunk chunk = {.key = &key}, *c = &chunk;
+	u64 length = PIECE_BYTES_MAX;
+
+	if (!find_chunk(c, owner, address, now))
+		return 0;
+	EMIT(PIECE_BYTES_MAX);
+	*c->offset += PIECE_BYTES_MAX;
+	return 0;
+}
+
 INLINE void copy_out(struct chunk *c, u64 total)
 {
 	u64 filled_before = ring_query(0 /* filled */);
@@ -1092,9 +1125,7 @@ INLINE void copy_out(struct chunk *c, u64 total)
 	for (int i = 0; i < PIECES_MAX; i++) {
 		if (total <= PIECE_BYTES_MAX)
 			break;
-		u64 length = PIECE_BYTES_MAX;
-		EMIT(PIECE_BYTES_MAX);
-		*c->offset += PIECE_BYTES_MAX;
+		copy_large(c->key->ssl, OWNER(c->key->tgid, c->direction), c->address, c->now);
 		c->address += PIECE_BYTES_MAX;
 		total -= PIECE_BYTES_MAX;
 	}
@@ -1158,21 +1189,22 @@ APART int wanted_host(struct name *n)
 	return hosts_get(&k) != 0;
 }
 
-INLINE struct connection *admit(struct key *key, struct name *n, int joined)
+APART int add_connection(u64 ssl, u32 tgid, struct name *n, int joined)
 {
+	struct key key = {.ssl = ssl, .tgid = tgid};
 	u32 zero = 0;
 	u8 one = 1;
 	struct connection *blank = blank_connection_get(&zero);
-	if (!blank)
+	if (!blank || !n)
 		return 0;
-	int refused = connections_add(key, blank);
+	int refused = connections_add(&key, blank);
 	if (refused == -EEXIST) /* a thread that reads beside one that writes: it was first */
-		return connections_get(key);
+		return 0;
 	if (refused) {
 		count(STAT_CONNECTION_TABLE_FULL, 1);
 		return 0;
 	}
-	struct connection *c = connections_get(key);
+	struct connection *c = connections_get(&key);
 	if (!c)
 		return 0;
 	c->opened_ns = bpf_ktime_get_ns();
@@ -1180,12 +1212,18 @@ INLINE struct connection *admit(struct key *key, struct name *n, int joined)
 	c->joined = joined;
 	bpf_get_current_comm(c->comm, sizeof(c->comm));
 	bpf_probe_read_kernel(c->host, sizeof(c->host), n->text);
-	owners_set(&key->tgid, &one);
-	denied_drop(key);
+	owners_set(&key.tgid, &one);
+	denied_drop(&key);
 	count(STAT_ADMITTED, 1);
-	point_out(key, c);
-	announce(key, c);
-	return c;
+	point_out(&key, c);
+	announce(&key, c);
+	return 0;
+}
+
+INLINE struct connection *admit(struct key *key, struct name *n, int joined)
+{
+	add_connection(key->ssl, key->tgid, n, joined);
+	return connections_get(key);
 }
 
 INLINE void deny(struct key *key, u64 origin)
@@ -1273,30 +1311,33 @@ INLINE int may_be_named(u64 cookie)
 
 #define FOLDED(a, b) (((a) ^ (b)) & 0xdfdfdfdfdfdfdfdfULL) /* 0: the same but for case */
 
-/* The first offset at which a pointer to a text stands that begins like the name; 0: none. */
-INLINE u32 find_name(u64 ssl, struct connection *c)
+/* In a block of the object, the first offset but 0 at which a pointer to a text stands that begins like
+ * the name; 0: none. */
+APART int find_name_in(u64 block, u64 beginning)
 {
-	u64 beginning = *(u64 *)c->host, word = 0, text = 0, absent = 0;
-	u32 found = 0, offset = 0;
-	for (u32 at = 8; at < NAME_SCAN_BYTES; at += 8) {
-		u64 page = (ssl + at) >> 12;
-		if (page == absent)
-			continue;
-		if (bpf_probe_read_user(&word, sizeof(word), (void *)(ssl + at))) {
-			absent = page; /* behind the object, or never written to: each try costs a fault */
-			continue;
-		}
+	u64 word = 0, text = 0;
+	for (u32 at = 0; at < NAME_BLOCK_BYTES; at += 8) {
+		if (bpf_probe_read_user(&word, sizeof(word), (void *)(block + at)))
+			break; /* behind the object, or never written to: each try costs a fault */
 		if ((word & 7) || !(word & 0xffff) || word >> 16 == 0)
 			continue; /* no allocator gave it: to read there would cost a fault */
 		bpf_probe_read_user(&text, sizeof(text), (void *)word); /* 0 when it cannot */
-		if (!FOLDED(text, beginning)) {
-			found = at;
-			break;
-		}
+		if (!FOLDED(text, beginning))
+			return at;
 	}
-	/* Read back, the verifier forgets which turn ended the loop. */
-	bpf_probe_read_kernel(&offset, sizeof(offset), &found);
-	return offset;
+	return 0;
+}
+
+/* The same of the whole object. */
+INLINE u32 find_name(u64 ssl, struct connection *c)
+{
+	/* One word less: what stands at a block's beginning is at the last one's end. */
+	for (u32 at = 0; at < NAME_SCAN_BYTES; at += NAME_BLOCK_BYTES - 8) {
+		u32 found = find_name_in(ssl + at, *(u64 *)c->host);
+		if (found)
+			return at + found;
+	}
+	return 0;
 }
 
 /* 1: the connection's name stands there, 0: it does not, -1: that cannot be read. */
@@ -1344,29 +1385,32 @@ INLINE void count_vote(struct name_location *p, u32 offset, u64 cookie)
 }
 
 /* Before the first write of a connection whose name we saw. */
-INLINE void learn_name_location(struct key *key, struct connection *c, u64 cookie)
+APART int learn_name_location(u64 ssl, u32 tgid, u64 cookie)
 {
+	struct key key = {.ssl = ssl, .tgid = tgid};
+	struct connection *c = connections_get(&key);
 	struct name_location *p = name_location(cookie);
-	if (!p || p->state == NAME_GIVEN_UP || p->voter == c->opened_ns || !c->host[7])
-		return;
+	if (!c || !p || p->state == NAME_GIVEN_UP || p->voter == c->opened_ns || !c->host[7])
+		return 0;
 	p->voter = c->opened_ns;
 	u32 offset = p->offset;
 	if (p->state == NAME_SOUGHT) {
-		offset = find_name(key->ssl, c);
+		offset = find_name(ssl, c);
 		p->scans += 1;
 	}
-	int same = offset ? same_name(key->ssl, offset, c) : -1;
+	int same = offset ? same_name(ssl, offset, c) : -1;
 	if (p->state == NAME_KNOWN) {
 		if (same == 0) {
 			p->state = NAME_GIVEN_UP;
 			tell_location(cookie, 0);
 		}
-		return;
+		return 0;
 	}
 	if (same == 1)
 		count_vote(p, offset, cookie);
 	if (p->state == NAME_SOUGHT && p->scans >= NAME_SCANS_MAX)
 		p->state = NAME_GIVEN_UP;
+	return 0;
 }
 
 /* ---- a connection that we saw no name of ------------------------------------------------------- */
@@ -1381,18 +1425,34 @@ INLINE int starts_a_request(const char *t)
 }
 
 #define HOST_FIELD 0x0a686f73743aULL /* "\nhost:" */
+#define HOST_FIELD_BYTES 6
 #define HOST_FIELD_BITS 0xffdfdfdfdfffULL /* all but the case of letters */
 
-/* Where the name after "\nHost:" starts, 0 if there is none. One branch a turn and few instructions: the
- * verifier goes through every turn, and keeps every branch not yet taken on a stack of 8192. */
-INLINE void find_host(struct head *h)
+/* In a block of the head, where the name after "\nHost:" starts, 0 if there is none. One branch a turn and
+ * few instructions: the verifier goes through every turn, and keeps every branch not yet taken on a stack
+ * of 8192. */
+APART int find_host_in(struct head *h, u32 block)
 {
 	u64 last = 0; /* six bytes, and older ones that do not count */
+	if (!h)
+		return 0;
+	for (u32 i = 0; i < HEAD_BLOCK_BYTES; i++) {
+		u32 at = (block + i) & (HEAD_BYTES_MAX - 1);
+		last = last << 8 | (u8)h->text[at];
+		if (!((last ^ HOST_FIELD) & HOST_FIELD_BITS))
+			return at + 1;
+	}
+	return 0;
+}
+
+/* The same of the whole head. A block begins with the last bytes of the one before: so few are no field. */
+INLINE void find_host(struct head *h)
+{
 	h->name.position = 0;
-	for (u32 i = 0; i < HEAD_BYTES_MAX - 3; i++) {
-		last = last << 8 | (u8)h->text[i];
-		if (!((last ^ HOST_FIELD) & HOST_FIELD_BITS)) {
-			h->name.position = i + 1;
+	for (u32 block = 0; block + HEAD_BLOCK_BYTES <= HEAD_BYTES_MAX - 3; block += HEAD_BLOCK_BYTES - HOST_FIELD_BYTES + 1) {
+		int found = find_host_in(h, block);
+		if (found > 0) {
+			h->name.position = found;
 			break;
 		}
 	}
@@ -1579,6 +1639,19 @@ INLINE int proved(struct chunk *c, u64 total, u64 cookie)
 	return 0;
 }
 
+/* What a call has passed, of a connection that is known. */
+APART int take(u64 ssl, u64 owner, u64 address, u64 total, u64 cookie)
+{
+	struct key key = {.ssl = ssl};
+	struct chunk chunk = {.key = &key};
+
+	if (!total || total > 0x7fffffff || !find_chunk(&chunk, owner, address, bpf_ktime_get_ns()))
+		return 0;
+	if (!(cookie & COOKIE_UNPROVED) || proved(&chunk, total, cookie))
+		copy_out(&chunk, total);
+	return 0;
+}
+
 /* ---- near a limit ------------------------------------------------------------------------------
  *
  * A process that is near what it may spend is stopped as it begins a request, before a byte of that is
@@ -1649,7 +1722,7 @@ INLINE int enter(struct registers *r, u32 direction, u64 length_pointer, u64 len
 		if (denied_as && (*denied_as != UNNAMED_SO_FAR || !may_be_named(bpf_get_attach_cookie(r))))
 			return 0;
 	} else if (direction == SENT && !c->sent && !c->joined) {
-		learn_name_location(&key, c, bpf_get_attach_cookie(r));
+		learn_name_location(key.ssl, key.tgid, bpf_get_attach_cookie(r));
 	}
 	if (c && direction == SENT && !c->linked)
 		writing_set(&ids, &key.ssl);
@@ -1735,18 +1808,7 @@ INLINE int leave(struct registers *r)
 		c = judge(&key, f.buffer, total, cookie);
 	if (!c)
 		return 0;
-	struct chunk chunk = {
-		.key = &key,
-		.connection = c,
-		.offset = &c->sent,
-		.address = f.buffer,
-		.now = bpf_ktime_get_ns(),
-		.direction = f.direction,
-	};
-	if (f.direction == RECEIVED)
-		chunk.offset = &c->received;
-	if (!(cookie & COOKIE_UNPROVED) || proved(&chunk, total, cookie))
-		copy_out(&chunk, total);
+	take(key.ssl, OWNER(key.tgid, f.direction), f.buffer, total, cookie);
 	return 0;
 }
 
@@ -1905,15 +1967,7 @@ INLINE int leave_go(struct registers *r, u32 direction)
 		c = judge(&key, buffer, total, 0);
 	if (!c)
 		return 0;
-	struct chunk chunk = {
-		.key = &key,
-		.connection = c,
-		.offset = direction == SENT ? &c->sent : &c->received,
-		.address = buffer,
-		.now = bpf_ktime_get_ns(),
-		.direction = direction,
-	};
-	copy_out(&chunk, total);
+	take(key.ssl, OWNER(tgid, direction), buffer, total, 0);
 	return 0;
 }
 
@@ -2196,16 +2250,18 @@ struct rustls_scan {
 	u32 state[RUSTLS_STATES_MAX];
 };
 
-/* Where a pointer to an object with a vtable stands: the state may be that. */
-INLINE void find_states(struct rustls_scan *scan, u64 base)
+/* Where in a block of the connection a pointer to an object with a vtable stands: the state may be that.
+ * 0: no more are looked for. */
+APART int find_states_in(struct rustls_scan *scan, u64 base, u32 block)
 {
-	scan->states = 0;
-	for (u32 at = 0; at < RUSTLS_SCAN_BYTES; at += 8) {
+	if (!scan)
+		return 0;
+	for (u32 i = 0; i < RUSTLS_BLOCK_BYTES; i += 8) {
 		u64 object[2], table[3];
-		u32 next = REREAD(scan->states);
+		u32 at = block + i, next = REREAD(scan->states);
 		if (next >= RUSTLS_STATES_MAX ||
 		    bpf_probe_read_user(object, sizeof(object), (void *)(base + at)))
-			break;
+			return 0;
 		if ((object[0] & 7) || (object[1] & 7) || object[0] >> 16 == 0 || object[1] >> 16 == 0 ||
 		    bpf_probe_read_user(table, sizeof(table), (void *)object[1]))
 			continue;
@@ -2214,9 +2270,34 @@ INLINE void find_states(struct rustls_scan *scan, u64 base)
 		scan->state[next & (RUSTLS_STATES_MAX - 1)] = at;
 		scan->states = next + 1;
 	}
+	return 1;
 }
 
-/* Where, in one of them, the address of a text stands that begins like the name. */
+INLINE void find_states(struct rustls_scan *scan, u64 base)
+{
+	scan->states = 0;
+	for (u32 block = 0; block < RUSTLS_SCAN_BYTES; block += RUSTLS_BLOCK_BYTES)
+		if (!find_states_in(scan, base, block))
+			break;
+}
+
+/* Where in an object address and length of a text stand that begins like the name; -1: nowhere. */
+APART int find_text(u64 object, u64 beginning)
+{
+	for (u32 at = 0; at < RUSTLS_STATE_BYTES; at += 8) {
+		u64 name[2], text;
+		if (bpf_probe_read_user(name, sizeof(name), (void *)(object + at)))
+			break;
+		if (name[1] < 8 || name[1] >= HOST_BYTES_MAX || name[0] >> 16 == 0)
+			continue;
+		bpf_probe_read_user(&text, sizeof(text), (void *)name[0]);
+		if (!FOLDED(text, beginning))
+			return at;
+	}
+	return -1;
+}
+
+/* Where that is in one of them. */
 INLINE void find_rustls_name(struct rustls_scan *scan, u64 base, u64 beginning)
 {
 	find_states(scan, base);
@@ -2228,20 +2309,11 @@ INLINE void find_rustls_name(struct rustls_scan *scan, u64 base, u64 beginning)
 		u64 object = 0;
 		if (bpf_probe_read_user(&object, sizeof(object), (void *)(base + state)))
 			break;
-		for (u32 at = 0; at < RUSTLS_STATE_BYTES; at += 8) {
-			u64 name[2], text;
-			if (bpf_probe_read_user(name, sizeof(name), (void *)(object + at)))
-				break;
-			if (name[1] < 8 || name[1] >= HOST_BYTES_MAX || name[0] >> 16 == 0)
-				continue;
-			bpf_probe_read_user(&text, sizeof(text), (void *)name[0]);
-			if (!FOLDED(text, beginning)) {
-				scan->found = state << 16 | at;
-				break;
-			}
-		}
-		if (REREAD(scan->found))
+		int at = find_text(object, beginning);
+		if (at >= 0) {
+			scan->found = state << 16 | at;
 			break;
+		}
 	}
 }
 
@@ -2552,18 +2624,24 @@ INLINE void copy_pieces(struct chunk *c, struct rustls_message *m, u64 total)
 }
 
 /* One record that is sent, whole or, past a request's limit, not at all. */
-INLINE void copy_message(struct chunk *c, struct rustls_message *m, struct piece *first, u64 total)
+APART int copy_message(u64 ssl, u32 tgid, struct rustls_message *m, u64 address, u64 length)
 {
 	u64 filled_before = ring_query(0 /* filled */);
+	struct key key = {.ssl = ssl};
+	struct chunk chunk = {.key = &key}, *c = &chunk;
 	char byte;
 
+	if (!m || !find_chunk(c, OWNER(tgid, SENT), address, bpf_ktime_get_ns()))
+		return 0;
+	u64 total = m->to - m->from;
+	if (!total || total > PIECE_BYTES_MAX)
+		return 0;
 	if (begin_copy(c, total)) {
 		count(STAT_REQUEST_CUT_BYTES, total);
 		emit_hole(c, total);
-		return;
+		return 0;
 	}
-	if (!*c->offset && first->length == HTTP2_PREFACE_BYTES &&
-	    bpf_probe_read_user(&byte, 1, (void *)first->address)) {
+	if (!*c->offset && length == HTTP2_PREFACE_BYTES && bpf_probe_read_user(&byte, 1, (void *)address)) {
 		emit_http2_preface(c);
 		m->from += HTTP2_PREFACE_BYTES;
 		total -= HTTP2_PREFACE_BYTES;
@@ -2571,6 +2649,7 @@ INLINE void copy_message(struct chunk *c, struct rustls_message *m, struct piece
 	if (total)
 		copy_pieces(c, m, total);
 	nudge(filled_before);
+	return 0;
 }
 
 INLINE void rustls_sent_data(struct key *key, struct rustls *known, struct rustls_layer *layer, u64 base, struct rustls_message *m, u64 cookie)
@@ -2615,7 +2694,7 @@ INLINE void rustls_sent_data(struct key *key, struct rustls *known, struct rustl
 			writing_set(&ids, &id.ssl);
 		}
 	}
-	copy_message(&chunk, m, &piece, total);
+	copy_message(id.ssl, id.tgid, m, piece.address, piece.length);
 }
 
 /* Of an alert nothing is read: whatever it says, the client is about to end. */
