@@ -257,6 +257,7 @@ def main() -> int:
     # `make test &` and `nohup make test` ignore these, and every test would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the groups end as well
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     # Hundreds of processes import the same files: they are compiled once.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
