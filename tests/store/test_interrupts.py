@@ -46,7 +46,7 @@ def test_a_long_query_is_ended_and_the_next_one_works(tmp_path: Path) -> None:
         while child.poll() is None and time.monotonic() < deadline:
             child.send_signal(signal.SIGINT)  # one that comes just before the query ends none
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(5)
+                child.wait(0.5)
         child.kill()
         said = child.stdout.read()
     assert (child.returncode, said) == (7, "interrupted [(1,)]\n")

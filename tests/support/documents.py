@@ -156,9 +156,16 @@ def _read_prose(path: Path) -> Iterator[tuple[int, str]]:
             continue
         if (docstring := ast.get_docstring(node)) is not None:
             yield getattr(node, "lineno", 1), docstring
+    if not any(_CODE_FILE.search(line) or _DOTTED.search(line) for line in _remarks(source)):
+        return
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
+
+
+def _remarks(source: str) -> list[str]:
+    """What may be a comment, or a text with a "#" in it."""
+    return [line[line.index("#") :] for line in source.splitlines() if "#" in line]
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:

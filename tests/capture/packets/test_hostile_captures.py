@@ -74,7 +74,7 @@ def replay(*arguments: str | Path) -> Result:
 @pytest.mark.parametrize(
     ("make", "count"),
     [
-        pytest.param(make, count, id=make.__name__, marks=[pytest.mark.slow] if number % 3 else [])
+        pytest.param(make, count, id=make.__name__, marks=[pytest.mark.slow] if number % 6 else [])
         for number, (make, count) in enumerate(CAPTURES)
     ],
 )
