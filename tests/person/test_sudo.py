@@ -418,7 +418,7 @@ PIPES = ["config.toml", "daemon.log", "daemon.sock", "daemon.lock", "journal/ref
 
 
 @pytest.mark.parametrize(
-    ("call", "name"), every(3, itertools.product(filter(stays_root, CALLS), PIPES))
+    ("call", "name"), every(7, itertools.product(filter(stays_root, CALLS), PIPES))
 )
 def test_root_does_not_wait_at_a_pipe(
     place: Place, template: Path, call: tuple[str, ...], name: str

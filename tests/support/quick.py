@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-SHARE = 6
+SHARE = 9
 
 
 def slow(*case: Any, id: str | None = None) -> Any:
