@@ -138,7 +138,7 @@ def test_node(
 def test_gemini_prompt(lab: Lab, home: Path, program: Program) -> None:
     gemini = installed_with_all(lab, program, 1)
     command = ["node", str(gemini), "--skip-trust", "--model", "gemini-2.5-flash"]
-    result = by_key_log(lab, home, [*command, "-p", "say lab[n=5&chunks=6]"], NO_KEYS)
+    result = by_key_log(lab, home, [*command, "-p", "say lab[n=5&chunks=6]"])
     note("Gemini CLI", program.version, "OpenSSL in Node", "key log", result)
 
 

@@ -116,7 +116,7 @@ def test_crypto_tls_is_found(program: Program) -> None:
     assert isinstance(found, GoFound), found
     assert len(found.read.returns) > 3
     assert len(found.write.returns) > 3
-    assert found.close is not None
+    assert len(found.all_functions) == 3  # and Close
 
 
 @pytest.mark.parametrize("program", slow(*GO_BEFORE_REGISTERS), ids=str)
