@@ -93,6 +93,14 @@ class Place:
         while client.process.poll() is None:
             self.source.read(0.05)  # a client may send more than all buffers hold
         client.output()
+        wait_until(self._ends_are_told, "the news of its connections' ends")
+
+    def _ends_are_told(self) -> bool:
+        """Whether nothing is open any more of processes that have ended: it would be told again."""
+        self.source.drain()
+        self.source.request_report()
+        open_now = self.source.open_connections()
+        return all(os.path.exists(f"/proc/{row.process.pid}") for row in open_now)
 
     def opens(self, kind: str, count: int, in_scope: bool = True, **environment: str) -> None:
         script = CLIENTS / "opens.py"
