@@ -455,9 +455,9 @@ class Replay:
             store.close()
             complain(Problem(str(error), ""))
             return False
-        if not done.waiting:  # those that a better sighting came of were handed over twice
-            new = done.stored - done.replaced
-            self._summary.stored_before = max(0, self._summary.events - new)
+        if done.own is not None:  # those that a better sighting came of were handed over twice
+            new = done.own.stored - done.own.replaced
+            self._summary.stored_before = max(0, self._summary.events - new - done.own.damaged)
         if self._last_ns and _STDIN not in self._job.paths:
             remember(self._home, self._files, self._first_ns, self._last_ns)
         store.close()

@@ -16,6 +16,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from halton_meter.cli import main
+from halton_meter.store import Store
+from tests.support.made import made
 from tests.support.quick import first
 from tests.support.recorder.packets import pcap, write
 from tests.support.recorder.relay import record
@@ -77,6 +79,31 @@ def test_what_shares_an_id_and_what_was_stored_before_is_said() -> None:
     assert call(capture, "--quiet", "--store").stdout == total + shared
     before = "  3 requests are in the store already: counted once\n"
     assert call(capture, "--quiet", "--store").stdout == total + before + shared
+
+
+OTHERS = 3  # segments of other processes hold so many requests
+
+
+@pytest.mark.parametrize("beside", ["left behind", "still written", "left behind, the same"])
+def test_what_was_stored_before_is_counted_whatever_others_have_in_the_journal(
+    home: Path, beside: str
+) -> None:
+    capture = FIXTURES / "anthropic_one_id_thrice.pcapng"
+    if beside != "left behind, the same":
+        call(capture, "--quiet", "--store")
+    other = Store(home)
+    if beside == "left behind, the same":
+        call(capture, "--quiet", "--store")
+        with other.reading() as reader:
+            other.append([*reader.events()])
+        (home / "meter.duckdb").unlink()
+    else:
+        other.append(made(f"other-{number}") for number in range(OTHERS))
+    if beside != "still written":
+        other.close()
+    again = call(capture, "--quiet", "--store")
+    other.close()
+    assert "\n  3 requests are in the store already: counted once\n" in again.stdout
 
 
 def test_folders_and_patterns(tmp_path: Path) -> None:
