@@ -64,7 +64,8 @@ class Flushed:
     database, which is no trouble unless it lasts. `expired`: events that were deleted as they were
     older than is to be kept. `own`: what of this was in the segments that this store has written
     since its last flush, whoever else's were moved beside them; None where another process has
-    moved one of them, or one was deleted, and where one still waits.
+    moved one of them, or one was deleted, and where one still waits. `known`: how many stored
+    events were there before their segment, whichever of the sightings stays.
     """
 
     stored: int = 0
@@ -76,6 +77,7 @@ class Flushed:
     expired: int = 0
     replaced: int = 0
     own: Flushed | None = field(default=None, compare=False)
+    known: int = field(default=0, compare=False)
 
     def __add__(self, other: Flushed) -> Flushed:
         """Both together; what waits, and why, is as `other` found it. `own` is neither's."""
@@ -88,6 +90,7 @@ class Flushed:
             other.busy,
             self.expired + other.expired,
             self.replaced + other.replaced,
+            known=self.known + other.known,
         )
 
 

@@ -106,6 +106,17 @@ def test_what_was_stored_before_is_counted_whatever_others_have_in_the_journal(
     assert "\n  3 requests are in the store already: counted once\n" in again.stdout
 
 
+def test_what_only_the_store_takes_for_one_is_not_said_to_have_been_there(home: Path) -> None:
+    done = call(FIXTURES, "--quiet", "--store").stdout
+    printed = int(done.split(" requests in ")[0])
+    stored = len(CliRunner().invoke(main, ["events", "--json"]).stdout.splitlines())
+    assert "already" not in done
+    assert printed == stored + 1
+    assert "\n  1 request is the same as another of these: stored once\n" in done
+    again = call(FIXTURES, "--quiet", "--store").stdout
+    assert f"\n  {stored} requests are in the store already: counted once\n" in again
+
+
 def test_folders_and_patterns(tmp_path: Path) -> None:
     for name in ("one.pcapng", "deep/two.pcapng", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
