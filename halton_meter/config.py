@@ -19,7 +19,14 @@ from halton_meter import budget_settings, toml_file
 from halton_meter.budget import Budget
 from halton_meter.problem import Problem
 from halton_meter.project_rules import ProjectRule, ProjectRules, read_rules
-from halton_meter.toml_file import Document, NotToml, nearest, parsed, shown_value
+from halton_meter.toml_file import (
+    Document,
+    NotToml,
+    Unreadable,
+    nearest,
+    parsed,
+    shown_value,
+)
 
 HOME_VARIABLE = "HALTON_METER_HOME"
 CONFIG_NAME = "config.toml"
@@ -38,6 +45,14 @@ _HOST = r"(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9-]{2,63}|localhos
 _LOCAL = r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?|\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]{2,45}\]"
 _DIGITS = re.compile(r"\d+(\.\d+)*")
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+# What opens a user's file.
+EDIT = "halton-meter config edit"
+
+
+def _edit_of_root(path: object) -> str:
+    return f"sudoedit {path}"
 
 
 class ConfigError(Exception):
@@ -105,12 +120,14 @@ class Config:
 class Loaded(NamedTuple):
     """What a file says: `config` is what is right in it, and the default for what is not.
 
-    `wrong` has a line for each wrong value, `notes` one for each that has no effect.
+    `wrong` has a line for each wrong value, `notes` one for each that has no effect. `fix` is the
+    command that leads to what is wrong; it is empty where nothing is, or the line has one.
     """
 
     config: Config = Config()
     wrong: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    fix: str = ""
 
     def sound(self) -> Config:
         """The configuration. Raises ConfigError for one with a wrong value."""
@@ -124,7 +141,7 @@ def read(home: Path) -> Loaded:
     try:
         document = toml_file.read(home / CONFIG_NAME, CONFIG_BYTES_MAX)
     except NotToml as error:
-        return Loaded(wrong=(str(error),))
+        return not_toml(error, EDIT)
     return Loaded() if document is None else _judged(document, of_system=False)
 
 
@@ -148,7 +165,12 @@ def read_text(raw: bytes, name: str) -> Loaded:
     try:
         return _judged(parsed(raw, name), of_system=False)
     except NotToml as error:
-        return Loaded(wrong=(str(error),))
+        return not_toml(error, EDIT)
+
+
+def not_toml(error: NotToml, fix: str) -> Loaded:
+    """What is to be said of a file that cannot be read, and of one that is no TOML the `fix`."""
+    return Loaded(wrong=(str(error),), fix="" if isinstance(error, Unreadable) else fix)
 
 
 def read_system(path: Path | None = None) -> Loaded:
@@ -175,7 +197,7 @@ def read_system(path: Path | None = None) -> Loaded:
         try:
             return _judged(toml_file.read_opened(file, path, CONFIG_BYTES_MAX), of_system=True)
         except NotToml as error:
-            return Loaded(wrong=(str(error),))
+            return not_toml(error, _edit_of_root(path))
 
 
 def load_system(path: Path | None = None) -> Config:
@@ -191,7 +213,9 @@ def is_host(name: str) -> bool:
 def joined(*files: Loaded) -> Loaded:
     """What is to be said of several files, with the configuration of the last."""
     wrong = tuple(line for each in files for line in each.wrong)
-    return Loaded(files[-1].config, wrong, tuple(line for each in files for line in each.notes))
+    notes = tuple(line for each in files for line in each.notes)
+    fixes = dict.fromkeys(each.fix for each in files if each.fix)
+    return Loaded(files[-1].config, wrong, notes, "\n".join(fixes))
 
 
 # --- judging --------------------------------------------------------------------------------------
@@ -209,7 +233,9 @@ def _judged(document: Document, *, of_system: bool) -> Loaded:
         judge.users_only()
     else:
         judge.root_only()
-    return Loaded(Config(**judge.right), _bounded(judge.wrong), _bounded(judge.notes))
+    wrong = _bounded(judge.wrong)
+    fix = _edit_of_root(document.name) if of_system else EDIT
+    return Loaded(Config(**judge.right), wrong, _bounded(judge.notes), fix if wrong else "")
 
 
 def _bounded(lines: list[str]) -> tuple[str, ...]:

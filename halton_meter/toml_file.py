@@ -40,6 +40,10 @@ class NotToml(ValueError):
     """A file that cannot be read; the text says which, where and why, in one line."""
 
 
+class Unreadable(NotToml):
+    """One whose text could not be had: there is nothing to edit, and `str` names the next step."""
+
+
 def read(path: Path, bytes_max: int, *, ours: bool = True) -> Document | None:
     """The file's document; None where there is no file. Raises NotToml.
 
@@ -50,12 +54,17 @@ def read(path: Path, bytes_max: int, *, ours: bool = True) -> Document | None:
             return read_opened(file, path, bytes_max, ours=ours)
     except FileNotFoundError:
         if path.is_symlink():
-            raise NotToml(f"{path}: links to a file that is not there: ls -l {path}") from None
+            raise Unreadable(f"{path}: links to a file that is not there: {_look(path)}") from None
         return None
     except IsADirectoryError:
-        raise NotToml(_no_file(path, "a folder, not a file", ours)) from None
+        raise Unreadable(_no_file(path, "a folder, not a file", ours)) from None
     except OSError as error:
-        raise NotToml(f"{path}: cannot be read: {error.strerror}; see: ls -l {path}") from None
+        what = f"{path}: cannot be read: {error.strerror}; see: {_look(path)}"
+        raise Unreadable(what) from None
+
+
+def _look(path: Path) -> str:
+    return f"ls -l {shlex.quote(str(path))}"
 
 
 def _no_file(path: Path, what: str, ours: bool) -> str:
@@ -67,10 +76,11 @@ def _no_file(path: Path, what: str, ours: bool) -> str:
 def read_opened(file: IO[bytes], path: Path, bytes_max: int, *, ours: bool = True) -> Document:
     """The document of a file that is open. Raises NotToml, OSError."""
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        raise NotToml(_no_file(path, "not a file", ours))
+        raise Unreadable(_no_file(path, "not a file", ours))
     raw = file.read(bytes_max + 1)
     if len(raw) > bytes_max:
-        raise NotToml(f"{path}: larger than {bytes_max:,} bytes; such a file is not read")
+        what = f"{path}: larger than {bytes_max:,} bytes; such a file is not read"
+        raise Unreadable(f"{what}; see: {_look(path)}")
     return parsed(raw, str(path))
 
 

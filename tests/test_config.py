@@ -287,14 +287,17 @@ def test_a_byte_order_mark_and_windows_lines_are_no_error(tmp_path: Path) -> Non
             ":2: holds a NUL byte, as UTF-16 text does; save it as UTF-8",
         ),
         (b"a = " + b"[" * 9000, ": nested too deeply"),
-        (b"#" * (256 * 1024 + 1), ": larger than 262,144 bytes; such a file is not read"),
+        (
+            b"#" * (256 * 1024 + 1),
+            ": larger than 262,144 bytes; such a file is not read; see: ls -l {path}",
+        ),
     ],
     ids=["bytes", "utf-16", "utf-32", "nul", "deep", "huge"],
 )
 def test_a_file_that_is_none(tmp_path: Path, raw: bytes, line: str) -> None:
     path = tmp_path / "config.toml"
     path.write_bytes(raw)
-    assert read(tmp_path).wrong == (f"{path}{line}",)
+    assert read(tmp_path).wrong == (f"{path}{line.format(path=path)}",)
 
 
 def test_what_stands_where_the_file_should(tmp_path: Path) -> None:

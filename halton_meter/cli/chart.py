@@ -11,11 +11,14 @@ from datetime import date, timedelta
 from decimal import Decimal
 from itertools import groupby
 
-from halton_meter.cli.output import bar, shown, styled, sum_text
+from halton_meter.cli.output import bar, count, shown, styled, sum_text
 from halton_meter.report import TIMES, Group, Report
 
 # The first unit that makes no more rows than these.
 ROWS_MAX = 45
+# Drawn at most, where the terminal is not higher: a little more than a unit that suits makes.
+ROWS_DRAWN = 60
+_LINES_BESIDE = 12  # what stands above and below the bars
 _UNIT_HOURS = {"hour": 1, "day": 24, "week": 168, "month": 730}
 _HOUR_NS = 3_600_000_000_000
 GROUPS_MAX = 5
@@ -31,13 +34,23 @@ def unit_for(from_ns: int, to_ns: int) -> str:
     return next((unit for unit in TIMES if hours / _UNIT_HOURS[unit] <= ROWS_MAX), TIMES[-1])
 
 
-def chart(answer: Report, columns: int, places: int) -> str:
-    """The bars; the report is by one of `TIMES`, and may be by one thing more."""
+def rows_drawn(lines: int) -> int:
+    """How many rows are drawn on a terminal of so many lines."""
+    return max(ROWS_DRAWN, lines - _LINES_BESIDE)
+
+
+def chart(answer: Report, columns: int, places: int, rows_max: int = ROWS_DRAWN) -> str:
+    """The bars; the report is by one of `TIMES`, and may be by one thing more.
+
+    Of more than `rows_max` rows the latest are drawn, and the last line says what is not.
+    """
     unit = answer.by[0]
     named = answer.by[1] if len(answer.by) > 1 else None
     times = {at: list(of) for at, of in groupby(answer.groups, key=lambda each: each.keys[unit])}
     names = _names(answer.groups, named) if named else [None]
-    rows = [(at, _amounts(times.get(at, []), named, names)) for at in _all(unit, [*times])]
+    every = [*_all(unit, [*times])]
+    hidden, drawn = every[:-rows_max], every[-rows_max:]
+    rows = [(at, _amounts(times.get(at, []), named, names)) for at in drawn]
     totals = [sum(filter(None, amounts), Decimal(0)) for _, amounts in rows]
     texts = [
         sum_text(total, _unpriced(times.get(at)), places)
@@ -53,7 +66,34 @@ def chart(answer: Report, columns: int, places: int) -> str:
         f"{label:<{before}}  {_bar(amounts, most, cells)}  {text:>{behind}}"
         for label, text, (_, amounts) in zip(labels, texts, rows, strict=True)
     ]
-    return "\n".join([*lines, *_legend(names, named)])
+    earlier = [group for at in hidden for group in times.get(at, [])]
+    left_out = _left_out(unit, len(hidden), earlier, drawn[0], places) if hidden else []
+    return "\n".join([*lines, *_legend(names, named), *left_out])
+
+
+def _left_out(
+    unit: str, number: int, earlier: Sequence[Group], first: str, places: int
+) -> list[str]:
+    """How many rows before the `first` are not drawn, what they cost, and what shows them."""
+    requests = sum(group.figures.requests for group in earlier)
+    held = f"with {count(requests, 'request')}"
+    if requests:
+        priced = [g.figures.list_usd for g in earlier if g.figures.list_usd is not None]
+        total = sum(priced, Decimal(0)) if priced else None
+        held += f", {sum_text(total, _unpriced(earlier), places)}" if priced else ", unpriced"
+    return [
+        "",
+        f"{count(number, f'earlier {unit}')} not drawn, {held}.",
+        f"To draw them: --to {_before(unit, first)}   in a table: --by {unit} without --plot",
+    ]
+
+
+def _before(unit: str, at: str) -> str:
+    """The value of --to that ends just before a row; a date includes its day."""
+    if unit == "hour":
+        return at.replace(" ", "T")
+    day = date.fromisoformat(f"{at}-01" if unit == "month" else at)
+    return (day - timedelta(days=1)).isoformat()
 
 
 def _unpriced(groups: Sequence[Group] | None) -> int:

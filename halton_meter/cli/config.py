@@ -19,7 +19,7 @@ import click
 
 from halton_meter.accounts import home_folder
 from halton_meter.cli import config_file
-from halton_meter.cli.configured import told
+from halton_meter.cli.configured import no_folder, told
 from halton_meter.cli.named import FilePath
 from halton_meter.cli.output import (
     LINE_CHARACTERS_MAX,
@@ -35,6 +35,7 @@ from halton_meter.cli.output import (
 from halton_meter.config import (
     CONFIG_BYTES_MAX,
     CONFIG_NAME,
+    EDIT,
     SYSTEM_CONFIG,
     Config,
     ConfigError,
@@ -61,11 +62,15 @@ def config() -> None:
     """Show, change and check the settings in config.toml."""
 
 
-def _home() -> Path:
+def _home(*, may_be_none: bool = False) -> Path:
+    """The data folder. Ends the command where it can be none, unless only its name is asked for."""
     try:
-        return home_folder()
+        home = home_folder()
     except ConfigError as error:
         fail(*error.problems)
+    if not may_be_none and (what := no_folder(home)) is not None:
+        fail(Problem(what, ""))
+    return home
 
 
 # --- get ------------------------------------------------------------------------------------------
@@ -85,7 +90,7 @@ def get(key: str | None, as_json: bool) -> None:
     """Show a setting, or all of them, and which file and line each comes from."""
     home = _home()
     found = read(home)
-    told(found)
+    told(found, ends=True)
     document = _document(home)
     rows = [*_settings(found, document)]
     if key is not None:
@@ -187,10 +192,21 @@ def _refuse_unknown(keys: tuple[str, ...], document: Any) -> None:
     names = [each.name for each in fields(Config)]
     inner = [f"proxy.{name}" for name in ProxyConfig._fields]
     if keys[0] in names:
-        fail(Problem(f"{_dotted(keys)} is not set", f"halton-meter config set {_dotted(keys)} …"))
+        fail(Problem(f"{_dotted(keys)} is not set", _how_to_set(keys)))
     near = nearest(_dotted(keys), (*names, *inner))
     meant = f"; did you mean {near}?" if near else ""
     wrong_usage(f"there is no setting {_dotted(keys)}{meant}", "halton-meter config get")
+
+
+def _how_to_set(keys: tuple[str, ...]) -> str:
+    """A command that takes what may be set there."""
+    if keys[0] in ("users", "all_users"):
+        return f"sudoedit {SYSTEM_CONFIG}"  # root's own, in root's file
+    if keys[0] in ("projects", "budgets"):
+        return f"halton-meter {keys[0].removesuffix('s')} set --help"
+    if keys == ("hosts",):
+        return "halton-meter config set hosts.HOST PROVIDER"
+    return f"halton-meter config set {shlex.quote(_dotted(keys))} VALUE"
 
 
 # --- set, unset -----------------------------------------------------------------------------------
@@ -245,10 +261,13 @@ def _at(document: Any, keys: tuple[str, ...]) -> Any:
     return level
 
 
+_LISTS = (("openai_compatible_hosts",), ("users",))
+
+
 def _is_list(keys: tuple[str, ...]) -> bool:
     if keys[0] == "projects" and len(keys) == 3:
         return True
-    return len(keys) == 1 and isinstance(getattr(Config(), keys[0], None), tuple)
+    return keys in _LISTS
 
 
 def _listed(before: Any, values: tuple[str, ...], how: str | None) -> list[str]:
@@ -316,7 +335,7 @@ Examples:
 @_SYSTEM
 def path(system: bool) -> None:
     """Print where config.toml is, or would be."""
-    click.echo(str(SYSTEM_CONFIG if system else _home() / CONFIG_NAME))
+    click.echo(str(SYSTEM_CONFIG if system else _home(may_be_none=True) / CONFIG_NAME))
 
 
 @config.command(
@@ -339,10 +358,11 @@ def edit() -> None:
         told(found)
         if not found.wrong:
             break
-        if not sys.stdin.isatty():
-            fail(Problem(f"{target} was left as it is", "halton-meter config edit"))
-        if not click.confirm("Edit again? (no: your changes are dropped)", default=True, err=True):
-            fail(Problem(f"{target} was left as it is", ""))
+        again = sys.stdin.isatty() and click.confirm(
+            "Edit again? (no: your changes are dropped)", default=True, err=True
+        )
+        if not again:
+            fail(Problem(f"{target} was left as it is", EDIT))
         text = _in_editor(text)
     before = target.read_text() if target.exists() else ""
     if text == before:
@@ -375,7 +395,11 @@ def _edited(target: Path) -> str:
     except FileNotFoundError:
         text = _NEW
     except OSError as error:
-        fail(Problem(f"{target}: cannot be read: {error.strerror}", f"ls -l {target}"))
+        fail(
+            Problem(
+                f"{target}: cannot be read: {error.strerror}", f"ls -l {shlex.quote(str(target))}"
+            )
+        )
     if len(text) > CONFIG_BYTES_MAX:
         what = f"{target}: larger than {CONFIG_BYTES_MAX:,} bytes; such a file is not read"
         fail(Problem(what, f"ls -l {shlex.quote(str(target))}"))
@@ -395,9 +419,10 @@ def _in_editor(text: str) -> str:
             code = subprocess.call([*words, str(copy)])
         except OSError as error:
             what = f"the editor {words[0]} cannot be started: {error.strerror}"
-            fail(Problem(what, "export EDITOR=nano"))
+            fail(Problem(what, f"EDITOR=nano {EDIT}"))
         if code:
-            fail(Problem(f"the editor {words[0]} ended with code {code}; nothing was changed", ""))
+            what = f"the editor {words[0]} ended with code {code}; nothing was changed"
+            fail(Problem(what, f"EDITOR=nano {EDIT}"))
         return copy.read_bytes().decode("utf-8", "replace")
 
 
@@ -405,14 +430,21 @@ def _editor() -> list[str]:
     import shutil
 
     for name in ("VISUAL", "EDITOR"):
-        if words := shlex.split(os.environ.get(name, "")):
+        value = os.environ.get(name, "")
+        try:
+            words = shlex.split(value)
+        except ValueError as error:  # a quote that is not closed
+            reason = str(error)[:1].lower() + str(error)[1:]
+            fail(Problem(f"{name} is no command: {value!r}: {reason}", f"export {name}=nano"))
+        if words:
             return words
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        fail(Problem("there is no terminal to edit in", "halton-meter config set KEY VALUE"))
+        fix = f"halton-meter config set KEY VALUE, or: EDITOR=PROGRAM {EDIT}"
+        fail(Problem("there is no terminal to edit in", fix))
     for name in ("editor", "nano", "vi"):
         if shutil.which(name):
             return [name]
-    fail(Problem("no editor was found", "export EDITOR=PROGRAM"))
+    fail(Problem("no editor was found", f"EDITOR=PROGRAM {EDIT}"))
 
 
 @config.command(
@@ -443,7 +475,7 @@ def check(file: Path | None, system: bool, as_json: bool) -> None:
         listed = {"wrong": [*found.wrong], "without_effect": [*found.notes]}
         print_json({"file": str(name), "ok": not found.wrong, **listed})
     else:
-        told(found)
+        told(found, ends=True)
         if not found.wrong:
             without = f"; {count(len(found.notes), 'setting')} without effect" * bool(found.notes)
             there = "" if name.exists() else " (there is none: the defaults count)"
@@ -454,16 +486,23 @@ def check(file: Path | None, system: bool, as_json: bool) -> None:
 def _read_file(name: Path, *, named: bool) -> Loaded:
     """What a file says; one that a user has `named` must be there."""
     from halton_meter import toml_file
-    from halton_meter.config import judged
+    from halton_meter.config import judged, not_toml
 
-    ours = not named or name.absolute() == (_home() / CONFIG_NAME).absolute()
+    ours = not named or name.absolute() == (_home(may_be_none=True) / CONFIG_NAME).absolute()
     try:
         document = toml_file.read(name, CONFIG_BYTES_MAX, ours=ours)
     except toml_file.NotToml as error:
-        return Loaded(wrong=(str(error),))
-    if document is None:
-        return Loaded(wrong=(f"{name}: no such file; name a TOML file",) if named else ())
-    return judged(document)
+        return not_toml(error, EDIT if ours else _then_check(name))
+    if document is not None:
+        found = judged(document)
+        return found if ours or not found.wrong else found._replace(fix=_then_check(name))
+    if not named:
+        return Loaded()
+    return Loaded(wrong=(f"{name}: no such file; name a TOML file",))
+
+
+def _then_check(name: Path) -> str:
+    return f"correct the file, then: halton-meter config check {shlex.quote(str(name))}"
 
 
 @config.command(
@@ -487,7 +526,7 @@ def reload() -> None:
     if accounts.is_root() and sys.platform == "linux":
         _reload_of_root(home)
         return
-    wrong = told(read(home))
+    wrong = told(read(home), ends=True)
     lines = config_file.reload_services(home)
     for line in lines:
         say(line)
@@ -508,7 +547,7 @@ def _reload_of_root(home: Path) -> None:
     account = accounts.invoking_account()
     try:
         own, _ = service.read_configuration(account, home)
-        wrong = told(own)
+        wrong = told(own, ends=True)
     except ConfigError as error:
         fail(*error.problems)
     found = service.supervisor_of(home, account.uid)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -79,13 +80,20 @@ def _text(path: Path) -> tuple[str, int | None]:
     except FileNotFoundError:
         return "", None
     except OSError as error:
-        fail(Problem(f"{path}: cannot be read: {error.strerror}", f"ls -l {path}"))
+        fail(Problem(f"{path}: cannot be read: {error.strerror}", look(path)))
+    if len(raw) > CONFIG_BYTES_MAX:
+        what = f"{path}: larger than {CONFIG_BYTES_MAX:,} bytes; such a file is not read"
+        fail(Problem(what, look(path)))
     try:
-        if len(raw) <= CONFIG_BYTES_MAX:
-            return raw.removeprefix(b"\xef\xbb\xbf").decode(), stamp
+        return raw.removeprefix(b"\xef\xbb\xbf").decode(), stamp
     except UnicodeDecodeError:
         pass
     fail(*_problems(read_text(raw, str(path)), path))
+
+
+def look(path: Path) -> str:
+    """The command that shows whose a file is, and how large."""
+    return f"ls -l {shlex.quote(str(path))}"
 
 
 def _without_waiting(path: str, flags: int) -> int:

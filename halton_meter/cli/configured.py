@@ -43,14 +43,15 @@ class Tolerant(click.Command):
 
 def require_sound() -> None:
     """End with exit code 1 and a line for each wrong value, or go on."""
-    if told_here():
+    if told_here(ends=True):
         raise SystemExit(1)
 
 
-def told_here() -> bool:
+def told_here(*, ends: bool = False) -> bool:
     """Say what is wrong in this user's configuration; whether anything is.
 
-    A data folder that cannot be one ends the command: there is nothing to go on with.
+    A data folder that cannot be one ends the command: there is nothing to go on with. Where a
+    wrong value `ends` it, too, the command that leads to the value is named.
     """
     from halton_meter import config
     from halton_meter.accounts import home_folder
@@ -62,18 +63,19 @@ def told_here() -> bool:
     told_of_variables(os.environ)
     if (what := no_folder(home)) is not None:
         fail(Problem(what, ""))
-    return told(config.read(home))
+    return told(config.read(home), ends=ends)
 
 
-def told(found: Loaded, after: str = "") -> bool:
+def told(found: Loaded, after: str = "", *, ends: bool = False) -> bool:
     """Say what is wrong, and `after` it what follows, and what has no effect; whether a value is
-    wrong."""
+    wrong. Where that `ends` the command, the last line has the next one."""
     for line in found.notes:
         note(line)
-    for line in found.wrong:
-        ends = line.endswith(("?", "."))
-        then = f" {after[0].upper()}{after[1:]}." if ends and after else after and f"; {after}"
-        complain(Problem(f"{line}{then}", ""))
+    for number, line in enumerate(found.wrong, 1):
+        is_whole = line.endswith(("?", "."))
+        then = f" {after[0].upper()}{after[1:]}." if is_whole and after else after and f"; {after}"
+        fix = found.fix if ends and number == len(found.wrong) else ""
+        complain(Problem(f"{line}{then}", fix))
     return bool(found.wrong)
 
 

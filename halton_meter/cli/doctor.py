@@ -237,7 +237,7 @@ def _settings(home: Path) -> Iterator[Finding]:
     found = config.read(home)
     if found.wrong:
         what = f"not used: {'; '.join(found.wrong)}"
-        yield Finding("settings", False, what, "halton-meter config edit")
+        yield Finding("settings", False, what, found.fix)
     else:
         path = home / config.CONFIG_NAME
         what = f"every value in {path} is right" if path.exists() else "the defaults"

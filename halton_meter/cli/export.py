@@ -52,6 +52,7 @@ _WRITERS: dict[str, Callable[[Reader, Path, Selection], int]] = {
     "jsonl": _write_jsonl,
     "json": _write_jsonl,
 }
+_ANOTHER = "name a file in another folder"
 _BINARY = frozenset({"sqlite", "parquet"})
 
 
@@ -139,7 +140,9 @@ def _disk_problems(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        folder = path.absolute().parent
+        folder = file_of(path).parent
+        if error.errno == errno.ENOENT and folder.is_dir():  # of the kernel's, as /proc
+            fail(Problem(f"cannot write {path}: {folder} takes no new files", _ANOTHER))
         if error.errno == errno.ENOENT:
             what = f"cannot write {path}: there is no folder {folder}"
             fail(Problem(what, f"mkdir -p {shlex.quote(str(folder))}"))

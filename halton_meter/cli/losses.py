@@ -90,7 +90,9 @@ _FAULTS = {
 }
 
 
-def sightings_in_words(seen_again: int, told_apart: int, stored_before: int = 0) -> list[str]:
+def sightings_in_words(
+    seen_again: int, told_apart: int, stored_before: int = 0, stored_as_one: int = 0
+) -> list[str]:
     """What was seen more than once, and what was told apart though its id is another's."""
     lines = []
     if seen_again:
@@ -98,6 +100,10 @@ def sightings_in_words(seen_again: int, told_apart: int, stored_before: int = 0)
     if stored_before:
         known = "1 request is" if stored_before == 1 else f"{stored_before:,} requests are"
         lines.append(f"{known} in the store already: counted once")
+    if stored_as_one:
+        one = stored_as_one == 1
+        same = "is the same as another" if one else "are the same as others"
+        lines.append(f"{count(stored_as_one, 'request')} {same} of these: stored once")
     if told_apart:
         share = "shares" if told_apart == 1 else "share"
         lines.append(f"{count(told_apart, 'request')} {share} another's response id, each counted")

@@ -422,6 +422,13 @@ def columns() -> int:
     return shutil.get_terminal_size().columns
 
 
+def lines_of_terminal() -> int:
+    """How many lines stdout's terminal has; 0 where it is none."""
+    import shutil
+
+    return shutil.get_terminal_size().lines if sys.stdout.isatty() else 0
+
+
 def aligned(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[str]) -> str:
     """Rows under a header, columns as wide as their widest cell, those in `right` right-aligned."""
     table = [tuple(header), *(tuple(row) for row in rows)]

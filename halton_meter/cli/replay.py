@@ -107,6 +107,7 @@ class Summary:
     told_apart: int = 0
     seen_again: int = 0
     stored_before: int = 0
+    stored_as_one: int = 0
     models: Counter[str] = field(default_factory=Counter)
 
     def add(self, event: PricedEvent) -> None:
@@ -278,7 +279,9 @@ def _summary_lines(summary: Summary, findings: Findings, losses: Counter[str]) -
     for outcome, number in (("gapped", summary.gapped), ("aborted", summary.aborted)):
         if number:
             yield f"  {count(number, 'request')} {OUTCOMES[outcome]}"
-    seen = sightings_in_words(summary.seen_again, summary.told_apart, summary.stored_before)
+    seen = sightings_in_words(
+        summary.seen_again, summary.told_apart, summary.stored_before, summary.stored_as_one
+    )
     yield from (f"  {each}" for each in seen)
     for what, fix in losses_in_words(losses):
         yield f"  {what}" + (f" ({fix})" if fix else "")
@@ -455,9 +458,11 @@ class Replay:
             store.close()
             complain(Problem(str(error), ""))
             return False
-        if not done.waiting:  # those that a better sighting came of were handed over twice
-            new = done.stored - done.replaced
-            self._summary.stored_before = max(0, self._summary.events - new)
+        if done.own is not None:  # those that a better sighting came of were handed over twice
+            new = done.own.stored - done.own.replaced
+            not_new = max(0, self._summary.events - new - done.own.damaged)
+            self._summary.stored_before = min(not_new, done.own.known)
+            self._summary.stored_as_one = not_new - self._summary.stored_before
         if self._last_ns and _STDIN not in self._job.paths:
             remember(self._home, self._files, self._first_ns, self._last_ns)
         store.close()

@@ -29,6 +29,7 @@ from halton_meter.cli.output import (
     count_text,
     duration_text,
     implausible_words,
+    lines_of_terminal,
     local_time,
     money_text,
     print_json,
@@ -211,7 +212,8 @@ def _plot(now: int, selection: Selection, by: tuple[str, ...], previous: Selecti
         click.echo(as_typed(_nothing(answer, selection)))
         return
     places = _places(answer)
-    parts = [_heading(answer), _summary(answer, places), chart.chart(answer, columns(), places)]
+    bars = chart.chart(answer, columns(), places, chart.rows_drawn(lines_of_terminal()))
+    parts = [_heading(answer), _summary(answer, places), bars]
     click.echo(as_typed("\n\n".join([*parts, *filter(None, (_coverage(answer),))])))
 
 

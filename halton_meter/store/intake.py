@@ -57,7 +57,7 @@ def _move_lines(connection: DuckDBPyConnection, source: Path, count: int) -> Flu
     problem = driver()
     connection.execute("BEGIN")
     try:
-        stored, replaced, others = _insert(connection, source)
+        stored, replaced, known, others = _insert(connection, source)
         connection.execute("COMMIT")
     except (problem.DataError, problem.IntegrityError, problem.ProgrammingError):
         connection.execute("ROLLBACK")
@@ -66,7 +66,7 @@ def _move_lines(connection: DuckDBPyConnection, source: Path, count: int) -> Flu
         with contextlib.suppress(problem.Error):
             connection.execute("ROLLBACK")
         raise
-    return Flushed(stored, count - others - stored, replaced=replaced)
+    return Flushed(stored, count - others - stored, replaced=replaced, known=known)
 
 
 def _move_halves(connection: DuckDBPyConnection, source: Path, count: int) -> Flushed:
@@ -110,15 +110,15 @@ _RANK_BETTER = (
 )
 
 
-def _insert(connection: DuckDBPyConnection, source: Path) -> tuple[int, int, int]:
+def _insert(connection: DuckDBPyConnection, source: Path) -> tuple[int, int, int, int]:
     """Insert what a file of lines has; return (events stored, of these those that took a lesser
-    sighting's place, lines that are no events).
+    sighting's place, events that were there before, lines that are no events).
     """
     types = {**json_types(EVENT_COLUMNS), **line_types()}
     types |= {"loss_cause": TEXT, "loss_count": "BIGINT", **_SEEN}
     spelled = ", ".join(f"'{name}': '{kind}'" for name, kind in types.items())
     lines = f"read_ndjson('{quoted(source)}', columns = {{{spelled}}})"
-    stored, replaced = _insert_events(connection, lines, types)
+    stored, replaced, known = _insert_events(connection, lines, types)
     losses = connection.execute(
         f"SELECT count(loss_cause), count(seen_connections), count(limit_window) FROM {lines}"
     ).fetchall()
@@ -138,14 +138,14 @@ def _insert(connection: DuckDBPyConnection, source: Path) -> tuple[int, int, int
         )
     if losses[0][2]:
         insert_limits(connection, lines)
-    return stored, replaced, sum(map(int, losses[0]))
+    return stored, replaced, known, sum(map(int, losses[0]))
 
 
 def _insert_events(
     connection: DuckDBPyConnection, lines: str, types: dict[str, str]
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """Insert the events among `lines` (a table function); return how many are new or better than
-    what was stored, and how many of these are not new.
+    what was stored, how many of these are not new, and how many events were stored before.
     """
     names = ", ".join(EVENT_COLUMNS)
     cast = ", ".join(
@@ -166,9 +166,10 @@ def _insert_events(
     unroll(connection, (day for day, _ in new))
     connection.execute("DELETE FROM arriving WHERE id IN (SELECT unnest(?))", [[i for _, i in new]])
     left = connection.execute("SELECT count(*) FROM arriving").fetchall()
-    stored, replaced = len(new), 0
+    stored, replaced, before = len(new), 0, 0
     if left[0][0]:
         settle(connection)
+        before = _stored_before(connection, [i for _, i in new])
         said, known = callers_said(connection), processes_known(connection)
         sets = ", ".join(f"{n} = excluded.{n}" for n in EVENT_COLUMNS if n != "id")
         days = connection.execute(
@@ -185,4 +186,14 @@ def _insert_events(
         days += [(day, None) for day in changed]
         unroll(connection, (day for both in days for day in both if day is not None))
     connection.execute("DROP TABLE arriving")
-    return stored, replaced
+    return stored, replaced, before
+
+
+def _stored_before(connection: DuckDBPyConnection, new: list[str]) -> int:
+    """How many stored events the rest of `arriving` has sightings of, without the `new` ones."""
+    found = connection.execute(
+        "SELECT count(DISTINCT id) FROM arriving SEMI JOIN event USING (id) "
+        "WHERE id NOT IN (SELECT unnest(?::VARCHAR[]))",
+        [new],
+    ).fetchall()
+    return int(found[0][0])

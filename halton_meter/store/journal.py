@@ -21,7 +21,7 @@ import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,10 @@ class Flushed:
     `reason` says why events wait; None when none does, or only such as another process still
     writes, which moves them itself. `busy`: what they wait for is another process's end with the
     database, which is no trouble unless it lasts. `expired`: events that were deleted as they were
-    older than is to be kept.
+    older than is to be kept. `own`: what of this was in the segments that this store has written
+    since its last flush, whoever else's were moved beside them; None where another process has
+    moved one of them, or one was deleted, and where one still waits. `known`: how many stored
+    events were there before their segment, whichever of the sightings stays.
     """
 
     stored: int = 0
@@ -73,9 +76,11 @@ class Flushed:
     busy: bool = False
     expired: int = 0
     replaced: int = 0
+    own: Flushed | None = field(default=None, compare=False)
+    known: int = field(default=0, compare=False)
 
     def __add__(self, other: Flushed) -> Flushed:
-        """Both together; what waits, and why, is as `other` found it."""
+        """Both together; what waits, and why, is as `other` found it. `own` is neither's."""
         return Flushed(
             self.stored + other.stored,
             self.repeated + other.repeated,
@@ -85,6 +90,7 @@ class Flushed:
             other.busy,
             self.expired + other.expired,
             self.replaced + other.replaced,
+            known=self.known + other.known,
         )
 
 
@@ -95,6 +101,7 @@ class Journal:
         self._home = home
         self._lock = threading.RLock()
         self._segment: _Segment | None = None
+        self._written: set[Path] = set()
         self._held: deque[bytes] = deque()
         self._held_bytes = 0
         self._owed: Counter[str] = Counter()
@@ -159,6 +166,17 @@ class Journal:
                 self._owe("journal_deleted", segment.lines, time.time_ns())
             segment.seal()
 
+    @property
+    def written(self) -> frozenset[Path]:
+        """The segments that this process has written and not yet been told to `forget`."""
+        with self._lock:
+            return frozenset(self._written)
+
+    def forget(self, segments: Iterable[Path]) -> None:
+        """These are moved, or gone: what comes of them is of no more interest."""
+        with self._lock:
+            self._written -= frozenset(segments)
+
     def segments(self) -> list[Path]:
         """All segments of all processes, oldest first; a link or a pipe is none."""
         with contextlib.suppress(OSError):  # none where they cannot be listed
@@ -217,6 +235,7 @@ class Journal:
         if self._segment is None:
             self._home.make_directories()
             self._segment = _Segment(self._home.journal, self._home.file_owner())
+            self._written.add(self._segment.path)
         return self._segment
 
     def _hold(self, error: OSError) -> None:

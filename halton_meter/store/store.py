@@ -214,7 +214,7 @@ class Store:
             self._journal.write()
             has_expiry = keep_from_ns is not None and self.database_path.exists()
             if not self._journal.segments() and not has_expiry:
-                return Flushed(waiting=self.held, reason=self.trouble)
+                return self._of_own(Flushed(waiting=self.held, reason=self.trouble), Flushed(), ())
             try:
                 connection = self._database.open_for_writing(wait_seconds)
             except (StoreBusy, StoreUnusable) as error:
@@ -407,7 +407,8 @@ class Store:
         from halton_meter.store.intake import move_segment  # a reader pays nothing for it
 
         self._journal.seal()
-        done = Flushed()
+        done, own, finished = Flushed(), Flushed(), list[Path]()
+        written = self._journal.written
         for path in self._journal.segments():
             if is_locked(path):
                 continue
@@ -419,13 +420,23 @@ class Store:
             except driver().Error as error:
                 return replace(done, waiting=self.waiting(), reason=first_line(error))
             done += moved
+            finished.append(path)
+            if path in written:
+                own += moved
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:  # moved again next time, which adds nothing
                 reason = disk_trouble(error, self.home)
                 return replace(done, waiting=self.waiting(), reason=reason)
         # What is left beside what we hold is in segments that others still write, and move.
-        return replace(done, waiting=self.waiting(), reason=self.trouble)
+        done = replace(done, waiting=self.waiting(), reason=self.trouble)
+        return self._of_own(done, own, finished)
+
+    def _of_own(self, done: Flushed, own: Flushed, finished: Iterable[Path]) -> Flushed:
+        """With what was `own` of it, where that is all that we have written."""
+        unmoved = self._journal.written.difference(finished)
+        self._journal.forget([*finished, *(path for path in unmoved if not path.exists())])
+        return replace(done, own=None if unmoved or self.held else own)
 
     def _store_revisions(self, spool: Path, at_ns: int) -> None:
         columns = ", ".join(f"'{n}': '{t}'" for n, t in json_types(REVISED_COLUMNS).items())

@@ -282,3 +282,80 @@ def test_another_port_is_said_to_wait_for_the_command_that_moves_the_proxy(
         "  the local proxy uses it, except for the port: it listens on 127.0.0.1:8081 until you "
         f"run: {fix}\n"
     )
+
+
+NEXT = (
+    ("get", "  fix: halton-meter config edit"),
+    ("check", "  fix: halton-meter config edit"),
+    ("reload", "  fix: halton-meter status"),
+    ("set proxy.port 9000", "  fix: halton-meter config edit"),
+    ("unset proxy.port", "  fix: halton-meter config edit"),
+    ("check other.toml", "  fix: correct the file, then: halton-meter config check other.toml"),
+    ("check none.toml", "halton-meter: none.toml: no such file; name a TOML file"),
+)
+
+
+@pytest.mark.parametrize(("command", "fix"), NEXT)
+def test_a_wrong_file_leads_to_the_next_command(
+    home: Path, monkeypatch: pytest.MonkeyPatch, command: str, fix: str
+) -> None:
+    monkeypatch.chdir(home)
+    for name in (CONFIG_NAME, "other.toml"):
+        (home / name).write_text("a = [\n")
+    done = config(*command.split())
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (1, fix)
+
+
+@pytest.mark.parametrize(
+    ("editor", "said"),
+    [
+        ("", "there is no terminal to edit in\n  fix: halton-meter config set KEY VALUE, or: "),
+        ("false", "the editor false ended with code 1; nothing was changed\n  fix: EDITOR=nano "),
+        ("/no/such", "cannot be started: No such file or directory\n  fix: EDITOR=nano "),
+        ("'vi", 'EDITOR is no command: "\'vi": no closing quotation\n  fix: export EDITOR=nano\n'),
+        ("true", "was left as it is\n  fix: halton-meter config edit\n"),
+    ],
+)
+def test_an_edit_that_comes_to_nothing_leads_to_the_next_command(
+    home: Path, monkeypatch: pytest.MonkeyPatch, editor: str, said: str
+) -> None:
+    (home / CONFIG_NAME).write_text("loader = 3\n")
+    monkeypatch.setenv("EDITOR", editor)
+    done = config("edit")
+    assert (done.exit_code, said in done.stderr) == (1, True), done.stderr
+
+
+@pytest.mark.parametrize("command", ["get", "check", "edit", "reload", "unset a", "set a 1"])
+def test_a_data_folder_that_can_be_none_is_told_by_all(
+    monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("HALTON_METER_HOME", "/dev/null")
+    monkeypatch.setenv("EDITOR", "true")
+    done = config(*command.split())
+    what = "HALTON_METER_HOME names /dev/null, and /dev/null is not a folder"
+    fix = "name another folder: export HALTON_METER_HOME=FOLDER"
+    assert (done.exit_code, done.stderr) == (1, f"halton-meter: {what}; {fix}\n")
+
+
+def test_what_stands_in_the_way_of_the_file_is_not_to_be_edited(home: Path) -> None:
+    (home / CONFIG_NAME).mkdir()
+    done = config("check")
+    moved = f"mv {home / CONFIG_NAME} {home / CONFIG_NAME}.old"
+    assert done.stderr.endswith(f"a folder, not a file; move it away: {moved}\n")
+
+
+@pytest.mark.parametrize(
+    ("key", "fix"),
+    [
+        ("users", "sudoedit /etc/halton-meter/config.toml"),
+        ("projects.x", "halton-meter project set --help"),
+        ("hosts", "halton-meter config set hosts.HOST PROVIDER"),
+    ],
+)
+def test_what_is_not_set_leads_to_what_sets_it(home: Path, key: str, fix: str) -> None:
+    assert config("get", key).stderr == f"halton-meter: {key} is not set\n  fix: {fix}\n"
+
+
+def test_a_table_that_is_set_to_a_number_is_said_to_be_one(home: Path) -> None:
+    assert "proxy must be a table, not 3:" in config("set", "proxy", "3").stderr
+    assert "budgets must be tables, not 3:" in config("set", "budgets", "3").stderr

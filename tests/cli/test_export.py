@@ -281,3 +281,22 @@ def test_a_terminal_gets_no_bytes(home: Path) -> None:
         f"halton-meter: sqlite is not text, and /dev/fd/{theirs} is a terminal\n"
         "  fix: halton-meter export sqlite spend.sqlite\n"
     )
+
+
+def test_the_folder_that_is_missing_is_the_one_behind_a_link(home: Path, tmp_path: Path) -> None:
+    keep(home, *EVENTS)
+    link = tmp_path / "link.csv"
+    link.symlink_to(tmp_path / "gone" / "spend.csv")
+    assert export("csv", str(link)).stderr == (
+        f"halton-meter: cannot write {link}: there is no folder {tmp_path / 'gone'}\n"
+        f"  fix: mkdir -p {tmp_path / 'gone'}\n"
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux has /proc")
+def test_a_folder_that_is_there_is_not_said_to_be_missing(home: Path) -> None:
+    keep(home, *EVENTS)
+    assert export("csv", "/proc/spend.csv").stderr == (
+        "halton-meter: cannot write /proc/spend.csv: /proc takes no new files\n"
+        "  fix: name a file in another folder\n"
+    )

@@ -16,6 +16,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from halton_meter.cli import main
+from halton_meter.store import Store
+from tests.support.made import made
 from tests.support.quick import first
 from tests.support.recorder.packets import pcap, write
 from tests.support.recorder.relay import record
@@ -77,6 +79,42 @@ def test_what_shares_an_id_and_what_was_stored_before_is_said() -> None:
     assert call(capture, "--quiet", "--store").stdout == total + shared
     before = "  3 requests are in the store already: counted once\n"
     assert call(capture, "--quiet", "--store").stdout == total + before + shared
+
+
+OTHERS = 3  # segments of other processes hold so many requests
+
+
+@pytest.mark.parametrize("beside", ["left behind", "still written", "left behind, the same"])
+def test_what_was_stored_before_is_counted_whatever_others_have_in_the_journal(
+    home: Path, beside: str
+) -> None:
+    capture = FIXTURES / "anthropic_one_id_thrice.pcapng"
+    if beside != "left behind, the same":
+        call(capture, "--quiet", "--store")
+    other = Store(home)
+    if beside == "left behind, the same":
+        call(capture, "--quiet", "--store")
+        with other.reading() as reader:
+            other.append([*reader.events()])
+        (home / "meter.duckdb").unlink()
+    else:
+        other.append(made(f"other-{number}") for number in range(OTHERS))
+    if beside != "still written":
+        other.close()
+    again = call(capture, "--quiet", "--store")
+    other.close()
+    assert "\n  3 requests are in the store already: counted once\n" in again.stdout
+
+
+def test_what_only_the_store_takes_for_one_is_not_said_to_have_been_there(home: Path) -> None:
+    done = call(FIXTURES, "--quiet", "--store").stdout
+    printed = int(done.split(" requests in ")[0])
+    stored = len(CliRunner().invoke(main, ["events", "--json"]).stdout.splitlines())
+    assert "already" not in done
+    assert printed == stored + 1
+    assert "\n  1 request is the same as another of these: stored once\n" in done
+    again = call(FIXTURES, "--quiet", "--store").stdout
+    assert f"\n  {stored} requests are in the store already: counted once\n" in again
 
 
 def test_folders_and_patterns(tmp_path: Path) -> None:

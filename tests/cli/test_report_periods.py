@@ -227,6 +227,33 @@ def test_the_unit_suits_what_is_stored_where_no_period_is_given(home: Path) -> N
     assert bars(run("--plot", "--by", "month")) == ["Nov 2026 $0.5000"]
 
 
+@pytest.mark.parametrize(
+    ("unit", "earliest", "said"),
+    [
+        ("month", "2016-11-05 12:00", "61 earlier months not drawn"),
+        ("week", "2024-11-27 12:00", "45 earlier weeks not drawn"),
+        ("day", "2026-09-25 12:00", "2 earlier days not drawn"),
+        ("hour", "2026-11-22 21:30", "1 earlier hour not drawn"),
+    ],
+)
+def test_of_a_long_period_the_latest_rows_are_drawn_and_the_rest_is_named(
+    home: Path, unit: str, earliest: str, said: str
+) -> None:
+    keep(home, made("old", "2", at_ns=at(earliest)), made("new", "1", at_ns=at("2026-11-25 09:30")))
+    output = run("--plot", "--by", unit)
+    drawn = bars(output)
+    assert (len(drawn), "$1.0000" in drawn[-1]) == (chart.ROWS_DRAWN, True)
+    left, shows = output.splitlines()[-2:]
+    assert left == f"{said}, with 1 request, $2.0000."
+    to = shows.removeprefix("To draw them: --to ").partition(" ")[0]
+    earlier = bars(run("--plot", "--by", unit, "--to", to))
+    assert (len(earlier), "$2.0000" in earlier[0]) == (1, True)
+
+
+def test_a_terminal_that_is_higher_has_more_rows() -> None:
+    assert [chart.rows_drawn(lines) for lines in (0, 24, 100)] == [60, 60, 88]
+
+
 def test_bars_of_several_groups_have_a_shade_each(home: Path) -> None:
     events = [made(f"{n}", str(n), model=f"m{n}", at_ns=NOW - HOUR_NS) for n in range(1, 8)]
     keep(home, *events)

@@ -439,3 +439,25 @@ def test_a_selection_of_nothing_yields_nothing(store: Store) -> None:
     store.flush()
     with store.reading() as reader:
         assert list(reader.events(Selection(from_ns=NOON_NS + 1))) == []
+
+
+def test_what_a_store_has_written_itself_is_told_apart(tmp_path: Path) -> None:
+    with Store(tmp_path) as left:
+        left.append([made("theirs"), made("ours")])
+    store = Store(tmp_path)
+    store.append([made("ours"), made("new")])
+    done = store.flush()
+    assert (done, done.own) == (Flushed(stored=3, repeated=1), Flushed(stored=1, repeated=1))
+    done = store.flush()
+    assert (done, done.own) == (Flushed(), Flushed())
+
+
+def test_what_of_it_another_process_has_moved_is_not_known(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.append([made("first")])
+    store.close()
+    assert Store(tmp_path).flush().own == Flushed()
+    store.append([made("second")])
+    done = store.flush()
+    assert (done, done.own) == (Flushed(stored=1), None)
+    assert store.flush().own == Flushed()

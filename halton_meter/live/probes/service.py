@@ -23,7 +23,15 @@ from typing import Any
 
 from halton_meter import untrusted
 from halton_meter.accounts import Account
-from halton_meter.config import LINES_MAX, SYSTEM_CONFIG, Config, ConfigError, Loaded, is_host
+from halton_meter.config import (
+    EDIT,
+    LINES_MAX,
+    SYSTEM_CONFIG,
+    Config,
+    ConfigError,
+    Loaded,
+    is_host,
+)
 from halton_meter.live.control import ask_service
 from halton_meter.live.held import HeldCommand
 from halton_meter.live.probes.command import Signals, attend, prepared
@@ -61,6 +69,7 @@ def read_configuration(account: Account, home: Path) -> tuple[Loaded, tuple[str,
             ],
             "wrong": list(found.wrong),
             "notes": list(found.notes),
+            "editable": bool(found.fix),
         }
 
     said = as_account(account, read)
@@ -70,7 +79,8 @@ def read_configuration(account: Account, home: Path) -> tuple[Loaded, tuple[str,
         tuple(untrusted.texts(said, name, LINES_MAX, LINE_CHARACTERS_MAX))
         for name in ("wrong", "notes")
     )
-    return Loaded(chosen, wrong, notes), hosts
+    fix = EDIT if wrong and said.get("editable") is True else ""
+    return Loaded(chosen, wrong, notes, fix), hosts
 
 
 def _checked(said: Any, account: Account) -> tuple[Config, tuple[str, ...]]:

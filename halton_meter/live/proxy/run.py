@@ -49,8 +49,9 @@ def configured(home: Path) -> tuple[Job, int]:
     """The service's job and its port, as config.toml has them; wrong values are left out."""
     from halton_meter import config
 
-    chosen, wrong, _ = config.read(home)
-    proxy, said = chosen.proxy, "\n".join(wrong) or None
+    found = config.read(home)
+    chosen, said = found.config, "\n".join(found.wrong) or None
+    proxy = chosen.proxy
     return Job(str(home), True, chosen.extra_hosts, proxy.upstream, config_error=said), proxy.port
 
 
