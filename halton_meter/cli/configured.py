@@ -43,15 +43,14 @@ class Tolerant(click.Command):
 
 def require_sound() -> None:
     """End with exit code 1 and a line for each wrong value, or go on."""
-    if told_here(ends=True):
+    if told_here():
         raise SystemExit(1)
 
 
-def told_here(*, ends: bool = False) -> bool:
+def told_here() -> bool:
     """Say what is wrong in this user's configuration; whether anything is.
 
-    A data folder that cannot be one ends the command: there is nothing to go on with. Where a
-    wrong value `ends` it, too, the command that leads to the value is named.
+    A data folder that cannot be one ends the command: there is nothing to go on with.
     """
     from halton_meter import config
     from halton_meter.accounts import home_folder
@@ -63,12 +62,13 @@ def told_here(*, ends: bool = False) -> bool:
     told_of_variables(os.environ)
     if (what := no_folder(home)) is not None:
         fail(Problem(what, ""))
-    return told(config.read(home), ends=ends)
+    return told(config.read(home))
 
 
 def told(found: Loaded, after: str = "", *, ends: bool = False) -> bool:
     """Say what is wrong, and `after` it what follows, and what has no effect; whether a value is
-    wrong. Where that `ends` the command, the last line has the next one."""
+    wrong. Where that `ends` a command about settings, the last line has the next one; elsewhere
+    a wrong value is one line, which names file and line."""
     for line in found.notes:
         note(line)
     for number, line in enumerate(found.wrong, 1):

@@ -146,7 +146,7 @@ def _prepare(account: Account, home: Path, users: Sequence[str]) -> None:
     try:
         of_root = config.read_system()
         own, _ = service.read_configuration(account, home)
-        if told(config.joined(of_root, own), ends=True):
+        if told(config.joined(of_root, own)):
             sys.exit(1)
         for _ in service.wanted_uids(account, of_root.config, users):
             pass  # each is somebody, or this raises

@@ -44,6 +44,7 @@ FSYNC_SECONDS = 1.0
 LINE_BYTES_MAX = 1024 * 1024
 # Kept in memory while the disk refuses it; past either limit the oldest are dropped and counted.
 HELD_LINES_MAX = 10_000
+WRITTEN_MAX = 1000  # segments, remembered until they are moved
 HELD_BYTES_MAX = 32 * 1024 * 1024
 # Written at a time, so that each try at a full disk costs little however much is held.
 WRITE_LINES_MAX = 256
@@ -236,6 +237,8 @@ class Journal:
             self._home.make_directories()
             self._segment = _Segment(self._home.journal, self._home.file_owner())
             self._written.add(self._segment.path)
+            if len(self._written) > WRITTEN_MAX:  # others move what this process writes
+                self._written = {self._segment.path}
         return self._segment
 
     def _hold(self, error: OSError) -> None:

@@ -86,14 +86,12 @@ def test_a_wrong_value_is_one_line_and_nothing_runs(home: Path, command: list[st
     code = 3 if command == ["budget", "check"] else 1  # there 1 means over
     assert (done.exit_code, done.stdout) == (code, "")
     assert done.stderr.startswith(f"halton-meter: {LINE.format(home=home)}")
-    daemon = command[0] == "daemon"  # its own log
-    fix = [] if daemon else ["  fix: halton-meter config edit"]
-    assert done.stderr.splitlines()[1:] == fix
+    assert done.stderr.count("\n") == 1
     assert [each.name for each in home.iterdir()] == ["config.toml"]
     (home / "config.toml").write_text("all_users = 2\n[prox]\nloader = 3\n")
     lines = invoke(*command).stderr.splitlines()
-    assert len(lines) == (2 if daemon else 3), lines
-    assert lines[2:] == fix
+    daemon = command[0] == "daemon"  # its own log
+    assert len(lines) == 2, lines
     assert any("config.toml:1: all_users must be true or false" in line for line in lines)
     assert any("has no effect; did you mean [proxy]?" in line for line in lines) or daemon
 
