@@ -1472,6 +1472,7 @@ INLINE void copy_name(struct head *h)
 		h->name.text[i] = at;
 		h->name.length = i + 1;
 	}
+	h->name.position = start + REREAD(h->name.length); /* behind it */
 }
 
 /* A HEADERS frame that ends its headers, on a client's stream: how HTTP/2 begins a request. A
@@ -1556,6 +1557,11 @@ APART int read_host(struct head *h, u64 address, u64 total)
 		return 0;
 	}
 	copy_name(h);
+	/* What ends where the reading did may be half a name, which is another one's: the next request tells. */
+	if (REREAD(h->name.position) >= wanted) {
+		count(STAT_HEADS_WITHOUT_HOST, 1);
+		return 0;
+	}
 	return 1;
 }
 
