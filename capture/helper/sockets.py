@@ -487,7 +487,7 @@ def _unseen(pid: int, birth: Birth, host: str) -> Socket:
         used_ns=0,
         linked=0,
         tgid=pid,
-        uid=birth.uid,
+        uid=birth.uid or 0,
         run=0,
         port=0,
         family=0,
@@ -497,6 +497,9 @@ def _unseen(pid: int, birth: Birth, host: str) -> Socket:
         comm="",
         host=host,
         parent=birth.parent,
+        program=birth.program,
+        left_ns=birth.left_ns,
+        parent_ns=birth.parent_ns,
     )
 
 

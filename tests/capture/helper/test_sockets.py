@@ -56,10 +56,12 @@ class Table:
 
     def put(self, number: int, made: Socket) -> None:
         fields = (made.opened_ns, made.born_ns, made.sent, made.received, made.hello_sent)
-        fields += (made.used_ns, made.linked, 0, made.tgid, made.uid, made.run, made.port)
+        fields += (made.used_ns, made.linked, 0, made.left_ns, made.parent_ns)
+        fields += (made.tgid, made.uid, made.run, made.port)
+        above = (made.parent, made.program)
         names = (made.comm.encode(), made.host.encode())
         self.values[number.to_bytes(8, "little")] = protocol.SOCKET.pack(
-            *fields, made.family, made.address, 1, 1, int(made.flags), 0, 0, *names
+            *fields, made.family, made.address, 1, 1, int(made.flags), 0, *above, *names
         )
 
 

@@ -1,5 +1,5 @@
-"""A connection for each number that it is given. For each line it takes so many of them, and sends two
-requests on each: the first has that number of bytes before the "\\nHost:" of its head."""
+"""A connection for each number that it is given. For each line it takes so many of them, and sends
+two requests on each: the first has that number of bytes before the "\\nHost:" of its head."""
 
 import os
 import socket
