@@ -247,10 +247,14 @@ enum rustls_cookie_shift { RUSTLS_LAYER = 17, RUSTLS_OBJECT = 22, RUSTLS_OFFSET 
 /* Values of `denied`, other than Go's origin. */
 enum denied_as { DENIED = 0, UNNAMED_SO_FAR = 1 };
 
-struct birth { /* of a process, by its fork */
+/* Of a process, by its fork. Who forks, and ends, has no program of its own that anybody could tell: it is
+ * told whose program a process has, that is, which one above it began a program last. */
+struct birth {
 	u32 parent;
-	u32 unused;
+	u32 program; /* 0: it has begun one itself */
 	u64 at_ns;
+	u64 left_ns; /* when it, or the one above it, was forked from that */
+	u64 parent_ns; /* when its parent was forked (0: not known) */
 };
 
 struct settings {
@@ -386,6 +390,8 @@ struct tcp_socket {
 	u64 used_ns; /* when the first bytes of an application were sent; 0: none were */
 	u64 linked; /* the SSL object (Go: *Conn) that the probes saw write on it; 0: none */
 	u64 skip; /* bytes up to the next TLS record that the client sends */
+	u64 left_ns; /* of its process's birth, as `program` is */
+	u64 parent_ns;
 	u32 tgid;
 	u32 uid;
 	u32 run;
@@ -397,7 +403,7 @@ struct tcp_socket {
 	u16 flags;
 	u32 hello; /* of its ClientHello's random bytes the first four: who passes it on has the same */
 	u32 parent; /* of its process, at its fork; 0: not known */
-	u32 unused;
+	u32 program;
 	char comm[16];
 	char host[HOST_BYTES_MAX];
 };
@@ -853,40 +859,58 @@ INLINE void fill(struct record *r, u32 kind, struct key *key, struct connection 
 	r->captured = 0;
 }
 
-struct open_record {
+struct open_record { /* of an OPEN and a USED; its process's birth is in `head`, too */
 	struct record head;
 	char comm[16];
 	char host[HOST_BYTES_MAX];
+	u64 left_ns;
+	u64 parent_ns;
+	u32 program;
+	u32 unused;
 };
 
-/* When the current process was forked, and by which; zeros for one that is older than we are. */
-INLINE struct birth current_birth(void)
+/* Of the current process; 0 for one that is older than we are. */
+INLINE struct birth *current_birth(void)
 {
-	struct birth unknown = {};
 	u32 born = bpf_get_current_pid_tgid() >> 32;
-	struct birth *birth = births_get(&born);
-	return birth ? *birth : unknown;
+	return births_get(&born);
 }
 
-/* In an OPEN and a USED: of whom this process is a fork, should it be gone before it is looked at. */
-INLINE void tell_birth(struct record *r)
+/* Of whom its process is a fork is told as well, should it be gone before it is looked at. Barriers, and
+ * copies by the kernel: else clang keeps on its stack what is to be written twice, and bcc's has no room. */
+INLINE void describe(struct open_record *r, u32 kind, struct key *key, struct connection *c, u64 now)
 {
-	struct birth birth = current_birth();
-	r->offset = birth.at_ns;
-	r->captured = birth.parent;
+	asm volatile("" : : : "memory");
+	fill(&r->head, kind, key, c, now);
+	r->head.size = sizeof(*r);
+	r->head.length = membership(key->tgid) >> TREE_FLAG_BITS; /* the run */
+	bpf_probe_read_kernel(r->comm, sizeof(r->comm), c->comm);
+	bpf_probe_read_kernel(r->host, sizeof(r->host), c->host);
+	asm volatile("" : : : "memory");
+	r->unused = r->program = 0;
+	r->left_ns = r->parent_ns = 0;
+	struct birth *birth = current_birth();
+	if (!birth)
+		return;
+	r->head.offset = birth->at_ns;
+	r->head.captured = birth->parent;
+#ifndef HALTON_BCC /* there the stack has no room: the parent alone is told */
+	r->left_ns = birth->left_ns;
+	r->parent_ns = birth->parent_ns;
+	r->program = birth->program;
+#endif
 }
 
-/* The same news in the other ring, which is read at once: who is it, before it exits? */
-INLINE void point_out(struct key *key, struct connection *c)
+/* News of a connection in the other ring, which is read at once: who is it, before it exits? Or that it has
+ * sent its first plaintext: it counts as metered from now on. */
+INLINE void point_out(u32 kind, struct key *key, struct connection *c, u64 now)
 {
-	struct record *r = process_ring_reserve(sizeof(*r));
+	struct open_record *r = process_ring_reserve(sizeof(*r));
 	if (!r) {
 		count(STAT_PROCESS_RING_FULL, 1);
 		return;
 	}
-	fill(r, KIND_OPEN, key, c, c->opened_ns);
-	r->length = membership(key->tgid) >> TREE_FLAG_BITS; /* the run */
-	tell_birth(r);
+	describe(r, kind, key, c, now);
 	process_ring_submit(r);
 }
 
@@ -897,12 +921,7 @@ INLINE void announce(struct key *key, struct connection *c)
 		count(STAT_NOTICES_LOST, 1);
 		return; /* tried again before the next chunk */
 	}
-	fill(&r->head, KIND_OPEN, key, c, c->opened_ns);
-	r->head.size = sizeof(*r);
-	tell_birth(&r->head);
-	r->head.length = membership(key->tgid) >> TREE_FLAG_BITS; /* the run */
-	__builtin_memcpy(r->comm, c->comm, sizeof(r->comm));
-	__builtin_memcpy(r->host, c->host, sizeof(r->host));
+	describe(r, KIND_OPEN, key, c, c->opened_ns);
 	c->announced = 1;
 	ring_submit(r);
 }
@@ -1044,23 +1063,6 @@ INLINE void nudge(u64 filled_before)
 		process_ring_discard(nothing);
 }
 
-/* The first plaintext that a connection sends, in the ring that is read at once: it counts as metered
- * from now on. */
-INLINE void tell_used(struct key *key, struct connection *c, u64 now)
-{
-	struct open_record *r = process_ring_reserve(sizeof(*r));
-	if (!r) {
-		count(STAT_PROCESS_RING_FULL, 1);
-		return;
-	}
-	fill(&r->head, KIND_USED, key, c, now);
-	r->head.size = sizeof(*r);
-	tell_birth(&r->head);
-	__builtin_memcpy(r->comm, c->comm, sizeof(r->comm));
-	__builtin_memcpy(r->host, c->host, sizeof(r->host));
-	process_ring_submit(r);
-}
-
 /* Before a call's bytes are copied: how many, at their end, are too many for one request. */
 INLINE u64 begin_copy(struct chunk *c, u64 total)
 {
@@ -1074,7 +1076,7 @@ INLINE u64 begin_copy(struct chunk *c, u64 total)
 		return 0;
 	}
 	if (!connection->sent)
-		tell_used(c->key, connection, c->now);
+		point_out(KIND_USED, c->key, connection, c->now);
 	struct settings *s = settings_get(&zero);
 	connection->burst += total;
 	if (!s || connection->burst <= s->request_bytes_max)
@@ -1215,7 +1217,7 @@ APART int add_connection(u64 ssl, u32 tgid, struct name *n, int joined)
 	owners_set(&key.tgid, &one);
 	denied_drop(&key);
 	count(STAT_ADMITTED, 1);
-	point_out(&key, c);
+	point_out(KIND_OPEN, &key, c, c->opened_ns);
 	announce(&key, c);
 	return 0;
 }
@@ -1472,6 +1474,7 @@ INLINE void copy_name(struct head *h)
 		h->name.text[i] = at;
 		h->name.length = i + 1;
 	}
+	h->name.position = start + REREAD(h->name.length); /* behind it */
 }
 
 /* A HEADERS frame that ends its headers, on a client's stream: how HTTP/2 begins a request. A
@@ -1556,6 +1559,11 @@ APART int read_host(struct head *h, u64 address, u64 total)
 		return 0;
 	}
 	copy_name(h);
+	/* What ends where the reading did may be half a name, which is another one's: the next request tells. */
+	if (REREAD(h->name.position) >= wanted) {
+		count(STAT_HEADS_WITHOUT_HOST, 1);
+		return 0;
+	}
 	return 1;
 }
 
@@ -2937,7 +2945,16 @@ INLINE int forked(u32 child)
 	u32 tgid = current_ids(s) >> 32;
 	u32 member = membership(tgid);
 	/* Of everybody's: a process out of scope may come to be in it, and its number is used again. */
-	struct birth birth = {.parent = tgid, .at_ns = bpf_ktime_get_ns()};
+	struct birth birth = {.parent = tgid, .program = tgid, .at_ns = bpf_ktime_get_ns()};
+	struct birth *own = current_birth();
+	birth.left_ns = birth.at_ns;
+	if (own) {
+		birth.parent_ns = own->at_ns;
+		if (own->program) {
+			birth.program = own->program;
+			birth.left_ns = own->left_ns;
+		}
+	}
 	births_set(&child, &birth);
 	if (member) {
 		child |= TREE_FORKED;
@@ -3063,6 +3080,9 @@ INLINE int executed(struct exec_arguments *a, u64 sp)
 		tree_drop(&thread);
 	}
 	end_connections(tgid);
+	struct birth *birth = current_birth();
+	if (birth)
+		birth->program = 0;
 	if (!in_scope(s, tgid)) {
 		if ((membership(tgid) & (TREE_IN_SCOPE | TREE_EXCLUDED)) == TREE_IN_SCOPE)
 			count(STAT_RAN_AS_ANOTHER_USER, 1);
@@ -3082,7 +3102,7 @@ INLINE int executed(struct exec_arguments *a, u64 sp)
 	r->head.tgid = tgid;
 	r->head.uid = bpf_get_current_uid_gid();
 	r->head.at_ns = bpf_ktime_get_ns();
-	r->head.offset = current_birth().parent;
+	r->head.offset = birth ? birth->parent : 0;
 	bpf_get_current_comm(r->comm, sizeof(r->comm));
 	if (sp) {
 		copy_arguments(r, sp);
@@ -3234,6 +3254,19 @@ struct socket_record {
 	struct record head;
 	struct tcp_socket socket;
 };
+
+/* Into one that is zeros so far. */
+INLINE void set_birth(struct tcp_socket *t)
+{
+	struct birth *birth = current_birth();
+	if (!birth)
+		return;
+	t->born_ns = birth->at_ns;
+	t->parent = birth->parent;
+	t->program = birth->program;
+	t->left_ns = birth->left_ns;
+	t->parent_ns = birth->parent_ns;
+}
 
 INLINE void tell_socket(u32 kind, u64 sk, struct tcp_socket *t)
 {
@@ -3696,9 +3729,7 @@ INLINE void socket_opened(struct state_arguments *a)
 	if (!t)
 		return;
 	t->opened_ns = bpf_ktime_get_ns();
-	struct birth birth = current_birth();
-	t->born_ns = birth.at_ns;
-	t->parent = birth.parent;
+	set_birth(t);
 	t->tgid = ids >> 32;
 	t->uid = bpf_get_current_uid_gid();
 	t->run = membership(t->tgid) >> TREE_FLAG_BITS;
@@ -3810,9 +3841,7 @@ INLINE void quic_opened(u64 sk, u64 total)
 	r->head.at_ns = bpf_ktime_get_ns();
 	r->head.opened_ns = r->head.at_ns;
 	r->socket.opened_ns = r->head.at_ns;
-	struct birth birth = current_birth();
-	r->socket.born_ns = birth.at_ns;
-	r->socket.parent = birth.parent;
+	set_birth(&r->socket);
 	r->socket.tgid = tgid;
 	r->socket.uid = r->head.uid;
 	r->socket.run = membership(tgid) >> TREE_FLAG_BITS;

@@ -23,9 +23,12 @@ RECORD = struct.Struct("=IHBBIIQQQQII")
 # received, burst, lost, origin, uid, announced, joined, closed, an unused byte, comm, host).
 CONNECTION_KEY = struct.Struct("=QII")
 CONNECTION = struct.Struct("=QQQQQQIBBBx16s128s")
-# `struct tcp_socket`: opened, born, sent, received, hello_sent, used, linked, skip, tgid, uid, run,
-# port, family, address, state, writes, flags, hello, parent, unused, comm, host.
-SOCKET = struct.Struct("=QQQQQQQQIIIHH16sBBHII4x16s128s")
+# `struct tcp_socket`: opened, born, sent, received, hello_sent, used, linked, skip, left, parent's
+# birth, tgid, uid, run, port, family, address, state, writes, flags, hello, parent, program, comm,
+# host.
+SOCKET = struct.Struct("=QQQQQQQQQQIIIHH16sBBHIII16s128s")
+# Behind the host of an OPEN and a USED: left, parent's birth, program.
+ORIGIN = struct.Struct("=QQI4x")
 FRAME_BYTES_MAX = 16 * 1024 * 1024
 COMMAND_BYTES_MAX = 1024 * 1024
 HOST_BYTES_MAX = 128
@@ -97,11 +100,20 @@ class SocketFlag(enum.IntFlag):
 
 
 class Birth(NamedTuple):
-    """A process's fork: when (monotonic; 0: not known), by which (0: not known), and its user."""
+    """A process's fork: when (monotonic; 0: not known), by which (0: not known), and its user.
+
+    Without a user it has its parent's.
+
+    `program` is the process above it whose program it has (0: it began one of its own), `left_ns`
+    when it, or the one above it, was forked from that, `parent_ns` when its parent was forked.
+    """
 
     at_ns: int = 0
     parent: int = 0
-    uid: int = 0
+    uid: int | None = 0
+    program: int = 0
+    left_ns: int = 0
+    parent_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +144,15 @@ class Socket:
     host: str
     hello: int = 0
     parent: int = 0
+    program: int = 0
+    left_ns: int = 0
+    parent_ns: int = 0
 
     @property
     def birth(self) -> Birth:
         """How its process came to be."""
-        return Birth(self.born_ns, self.parent, self.uid)
+        above = (self.program, self.left_ns, self.parent_ns)
+        return Birth(self.born_ns, self.parent, self.uid, *above)
 
 
 def decode_socket(raw: bytes) -> Socket:
@@ -144,8 +160,9 @@ def decode_socket(raw: bytes) -> Socket:
     if len(raw) < SOCKET.size:
         raise ProtocolViolation(f"a socket of {len(raw)} bytes")
     fields = SOCKET.unpack_from(raw)
-    opened, born, sent, received, hello_sent, used, linked, _ = fields[:8]
-    tgid, uid, run, port, family, address, state, _, flags, hello, parent, comm, host = fields[8:]
+    opened, born, sent, received, hello_sent, used, linked, _, left, parent_ns = fields[:10]
+    tgid, uid, run, port, family, address, state, _, flags, hello = fields[10:20]
+    parent, program, comm, host = fields[20:]
     return Socket(
         opened,
         born,
@@ -166,6 +183,9 @@ def decode_socket(raw: bytes) -> Socket:
         text(host),
         hello,
         parent,
+        program,
+        left,
+        parent_ns,
     )
 
 
@@ -177,7 +197,8 @@ class ProtocolViolation(Exception):
 class Record:
     """A kernel record. `offset` of a CLOSE is the number of bytes sent, `received` the other.
 
-    Of an OPEN and a USED `offset` is when the process was forked, and `parent` by which.
+    Of an OPEN and a USED `offset` is when the process was forked, `parent` by which, and what
+    else a Birth has.
     Of an EXEC `data` are the arguments, each ended by NUL, as far as they were copied, `length`
     their bytes in all, `project` the variable HALTON_PROJECT and `offset` the parent at birth.
     """
@@ -200,11 +221,15 @@ class Record:
     received: int = 0
     socket: Socket | None = None
     parent: int = 0
+    program: int = 0
+    left_ns: int = 0
+    parent_ns: int = 0
 
     @property
     def birth(self) -> Birth:
         """How the process of an OPEN or a USED came to be."""
-        return Birth(self.offset, self.parent, self.uid)
+        above = (self.program, self.left_ns, self.parent_ns)
+        return Birth(self.offset, self.parent, self.uid, *above)
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -231,11 +256,16 @@ def decode_record(frame: bytes) -> Record:
     if kind in (SOCKET_SEEN, SOCKET_ENDED, QUIC):
         return Record(*fields, socket=decode_socket(body))
     if kind in (OPEN, USED):
+        origin = body[COMM_BYTES + HOST_BYTES_MAX :].ljust(ORIGIN.size, b"\0")
+        left, parent_ns, program = ORIGIN.unpack_from(origin)
         return Record(
             *fields,
             comm=text(body[:COMM_BYTES]),
             host=text(body[COMM_BYTES:][:HOST_BYTES_MAX]),
             parent=captured,
+            program=program,
+            left_ns=left,
+            parent_ns=parent_ns,
         )
     if kind == CLOSE and len(body) >= 8:
         names = body[8:]
@@ -280,6 +310,7 @@ def encode_open(record: Record) -> bytes:
     """An OPEN as the kernel writes it."""
     names = record.comm.encode()[:COMM_BYTES].ljust(COMM_BYTES, b"\0")
     names += record.host.encode()[:HOST_BYTES_MAX].ljust(HOST_BYTES_MAX, b"\0")
+    names += ORIGIN.pack(record.left_ns, record.parent_ns, record.program)
     return (
         RECORD.pack(
             RECORD.size + len(names),

@@ -113,21 +113,33 @@ class Identities:
         return life.process
 
     def _as_forked(self, pid: int, birth: Birth) -> Process | None:
-        """A fork that is gone, or a zombie, by what its parent was when it made it."""
+        """A fork that is gone, or a zombie, by what its parent was when it made it.
+
+        A parent that is gone, too, and was a fork itself, was what that was whose program it had.
+        """
         if not birth.parent or birth.parent == pid:
             return None
-        parent = self.of(birth.parent, at_ns=birth.at_ns)
-        if parent is None:
+        own_birth = Birth(birth.parent_ns)
+        if birth.program not in (0, birth.parent):
+            # Those between its parent and `program` are not known: it stands for them.
+            own_birth = Birth(birth.parent_ns, birth.program, None, birth.program, birth.left_ns)
+        made_ns = birth.left_ns if birth.program == birth.parent else birth.at_ns
+        parent = self.of(birth.parent, at_ns=made_ns or birth.at_ns, birth=own_birth)
+        if parent is None or not (parent.exe or parent.argv):
             return None
         name = os.path.basename(parent.exe) if parent.exe else ""
-        return replace(
+        forked = replace(
             parent,
             pid=pid,
             started_ns=_wall_ns(birth.at_ns),
-            uid=birth.uid,
-            user=user_name(birth.uid),
+            uid=parent.uid if birth.uid is None else birth.uid,
+            user=parent.user if birth.uid is None else user_name(birth.uid),
             parents=((parent.pid, name), *parent.parents)[:PARENTS_MAX],
         )
+        if birth.at_ns and pid not in self._lives:
+            # What its parent was may be forgotten when this is asked for again.
+            self._add(pid, _Life(birth.at_ns, process=forked))
+        return forked
 
     @staticmethod
     def _as_executed(life: _Life, lives: Sequence[_Life]) -> Process:

@@ -181,7 +181,9 @@ class Sockets:
         one on which no probe saw it write. It made the handshake, and the child sends the request.
         """
         process = self._name(_unseen(record.tgid, record.birth, record.host))
-        for above, _ in process.parents:
+        # By /proc, one whose parent has ended is init's child; the kernel has told of its fork.
+        told = [each for each in (record.parent, record.program) if each]
+        for above in [*told, *(pid for pid, _ in process.parents)]:
             for (pid, _born_ns), known in self._processes.items():
                 if pid == above and self._has_unlinked(known, record.host):
                     return known
@@ -487,7 +489,7 @@ def _unseen(pid: int, birth: Birth, host: str) -> Socket:
         used_ns=0,
         linked=0,
         tgid=pid,
-        uid=birth.uid,
+        uid=birth.uid or 0,
         run=0,
         port=0,
         family=0,
@@ -497,6 +499,9 @@ def _unseen(pid: int, birth: Birth, host: str) -> Socket:
         comm="",
         host=host,
         parent=birth.parent,
+        program=birth.program,
+        left_ns=birth.left_ns,
+        parent_ns=birth.parent_ns,
     )
 
 

@@ -203,6 +203,41 @@ def test_without_an_environment_the_last_argument_ends_the_arguments(
     assert process.argv[5:] == (*CURL_KEPT[2:], *(["-A", REDACTED] if "-A" in last else last))
 
 
+@pytest.mark.parametrize(
+    ("kind", "uid", "between"),
+    [
+        ("double", 0, 1),
+        ("asked_and_left", 0, 0),
+        ("deep", 0, 1),
+        ("another_user", 65534, 0),
+        ("from_a_thread", 0, 0),
+    ],
+)
+def test_a_fork_of_forks_that_have_ended_has_their_program(
+    bench: Bench, kind: str, uid: int, between: int
+) -> None:
+    """`between` are told of those between it and the process that began the program."""
+    source = bench.source()
+    argv = [sys.executable, str(CLIENTS / "forks.py"), kind]
+    shell = waiting_shell(bench, source, 'exec "$@"', *argv)
+    with held_up(source):
+        shell.say()
+        assert shell.output() == b"done\n"
+    seen = gather(source.drain())
+    same_bytes(seen, bench)
+    (process,) = (
+        each.connection.process
+        for each in seen.values()
+        if each.data(Direction.SENT).startswith(b"GET /bytes/1 ")
+    )
+    assert process
+    assert process.exe == os.path.realpath(sys.executable)
+    assert process.argv[:2] == (sys.executable, str(CLIENTS / "forks.py"))
+    assert process.uid == uid
+    assert process.pid != shell.process.pid
+    assert process.parents[between][0] == shell.process.pid
+
+
 def execs(times: int, size: int) -> str:
     """A script that runs a program so often, with an argument of that size."""
     return f"n=0; while [ $n -lt {times} ]; do /bin/true {'y' * size}; n=$((n+1)); done"

@@ -53,6 +53,7 @@ USED = (
     "connected_again",
     "forked_in_use",
     "first_used_by_a_child",
+    "first_used_by_an_orphan",
     "passed_on",
     "inherited",
     "threads_in_turn",

@@ -275,6 +275,36 @@ def test_a_connection_older_than_the_probes_is_known_by_its_next_head(bench: Ben
     assert source.status().counted["heads_judged"] == 2
 
 
+# Where the search of a request's head goes on with its next block, and where it ends.
+HOST_AT = (
+    *(120 * block + more for block in range(1, 17) for more in range(-6, 7)),
+    *range(2000, 2060),
+)
+
+
+def test_a_host_is_found_wherever_it_stands_whole(bench: Bench) -> None:
+    """In the first 2 KB of a head; of half a name nothing is judged, and the next request tells."""
+    client = bench.python("names_host_at", *map(str, HOST_AT))
+    assert client.line() == b"connected\n"
+    source = bench.source(scope=Scope(roots=(client.process.pid,)))
+    assert client.process.stdin
+    for at in range(0, len(HOST_AT), 40):
+        client.process.stdin.write(b"%d\n" % len(HOST_AT[at : at + 40]))
+        client.process.stdin.flush()
+        assert client.line() == b"asked\n"
+        source.request_report()  # so that there is room for what the next ones are judged in
+    found = {
+        each.data(Direction.SENT).split(b"\r\n\r\n")[0].index(b"\nHost:")
+        for each in gather(source.drain()).values()
+    }
+    last = 2048 - len(f"\nHost: {PROVIDER}\r")
+    assert {at for at in found if at > 100} == {at for at in HOST_AT if at <= last}
+    source.request_report()
+    counted = source.status().counted
+    assert (counted["admitted"], counted["denied"]) == (len(HOST_AT), 0)
+    assert counted["heads_without_host"] == len([at for at in HOST_AT if at > last])
+
+
 @pytest.mark.slow
 def test_an_overflowing_ring_loses_nothing_silently(bench: Bench) -> None:
     """Nobody reads while 60 MB pass: the socket fills, then the ring, then bytes are lost."""

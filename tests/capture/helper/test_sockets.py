@@ -56,10 +56,12 @@ class Table:
 
     def put(self, number: int, made: Socket) -> None:
         fields = (made.opened_ns, made.born_ns, made.sent, made.received, made.hello_sent)
-        fields += (made.used_ns, made.linked, 0, made.tgid, made.uid, made.run, made.port)
+        fields += (made.used_ns, made.linked, 0, made.left_ns, made.parent_ns)
+        fields += (made.tgid, made.uid, made.run, made.port)
+        above = (made.parent, made.program)
         names = (made.comm.encode(), made.host.encode())
         self.values[number.to_bytes(8, "little")] = protocol.SOCKET.pack(
-            *fields, made.family, made.address, 1, 1, int(made.flags), 0, 0, *names
+            *fields, made.family, made.address, 1, 1, int(made.flags), 0, *above, *names
         )
 
 
@@ -92,11 +94,17 @@ class Place:
         self.sockets.take(_record(protocol.SOCKET_ENDED, number, made))
 
     def uses(
-        self, host: str = HOST, *, pid: int = PID, joined: bool = False, parent: int = 0
+        self,
+        host: str = HOST,
+        *,
+        pid: int = PID,
+        joined: bool = False,
+        parent: int = 0,
+        program: int = 0,
     ) -> None:
         """A TLS connection sends its first plaintext through a probe."""
         fields = (protocol.USED, 0, int(joined), pid, 0, 99, 5, 6, 1, 0)
-        self.sockets.take(Record(*fields, host=host, parent=parent))
+        self.sockets.take(Record(*fields, host=host, parent=parent, program=program))
 
     def sums(self) -> list[tuple[Any, ...]]:
         return _short(self.sockets.take_sums())
@@ -150,6 +158,14 @@ def test_what_a_child_sends_on_its_parent_s_connection_is_the_parent_s(
         place.ends(1, socket())
     place.table.put(2, socket(host="other.test"))
     assert (*METERED, 1) in place.sums()
+
+
+def test_what_a_fork_of_a_fork_sends_is_whose_connection_it_is(place: Place) -> None:
+    """The one between has ended: of its own parents the fork shows none that has a connection."""
+    place.opens(1, socket())
+    place.uses(pid=PID + 2, parent=PID + 1, program=PID)
+    place.ends(1, socket())
+    assert place.sums() == [(*METERED, 1)]
 
 
 def test_which_ones_the_thread_shows_where_it_does(place: Place) -> None:

@@ -332,6 +332,27 @@ def first_used_by_a_child(count: int) -> None:
             os.wait()
 
 
+def first_used_by_an_orphan(count: int) -> None:
+    """The same, by the child of a child that has ended."""
+    for _ in range(count):
+        with wrapped(dial()) as tls:
+            asked, told = os.pipe()
+            ended, alive = os.pipe()
+            if not os.fork():
+                if not os.fork():
+                    os.close(alive)
+                    os.read(ended, 1)  # until the one between has ended
+                    exchange(tls)
+                    os.write(told, b"1")
+                os._exit(0)
+            os.close(alive)
+            os.wait()
+            os.close(told)
+            assert os.read(asked, 1) == b"1"
+            os.close(asked)
+            os.close(ended)
+
+
 def passed_on(count: int) -> None:
     """Opened by one program, used by another, which gets it through a Unix socket."""
     for _ in range(count):
