@@ -232,7 +232,8 @@ def test_a_fork_of_forks_that_have_ended_has_their_program(
     )
     assert process
     assert process.exe == os.path.realpath(sys.executable)
-    assert process.argv[:2] == (sys.executable, str(CLIENTS / "forks.py"))
+    names = [Path(word).name for word in process.argv[:2]]  # of paths, parts may be hidden
+    assert names == [Path(sys.executable).name, "forks.py"]
     assert process.uid == uid
     assert process.pid != shell.process.pid
     assert process.parents[between][0] == shell.process.pid
