@@ -219,7 +219,8 @@ def test_a_child_that_became_a_daemon_is_of_the_run(
 def test_what_outlives_the_command_is_named(lab: Lab, home: Path) -> None:
     """The subshell runs no program of its own: the kernel knows it by its fork alone."""
     summary = home / "summary.json"
-    script = "(sleep 20; :) >/dev/null 2>&1 & exit 3"
+    begun = 'until [ "$(ps -o comm= --ppid $!)" = sleep ]; do :; done'  # before, it is a bash
+    script = f"(sleep 20; :) >/dev/null 2>&1 & {begun}; exit 3"
     options = ("--json-summary", str(summary))
     done = run(lab, home, "bash", "-c", script, options=options)
     assert done.returncode == 3
