@@ -114,7 +114,8 @@ def test_a_library_that_an_earlier_run_learned_has_its_probes_before_the_first_r
         served = lab.ledger()[skip:]
         assert len(served) == 4
         assert_metered(served, stored_events(lab, home))
-        assert "lost" not in done.stderr, done.stderr
+        # On a busy machine it may say that probes came after the start; not after a request.
+        assert "coverage: 1 of 1 connection to providers was metered" in done.stderr, done.stderr
 
 
 @pytest.mark.slow
