@@ -247,8 +247,8 @@ enum rustls_cookie_shift { RUSTLS_LAYER = 17, RUSTLS_OBJECT = 22, RUSTLS_OFFSET 
 /* Values of `denied`, other than Go's origin. */
 enum denied_as { DENIED = 0, UNNAMED_SO_FAR = 1 };
 
-/* Of a process, by its fork. Who forks, and ends, has no program of its own that anybody could tell: it is
- * told whose program a process has, that is, which one above it began a program last. */
+/* Of a process, by its fork. It may have ended before it is looked at, and so may those that forked it:
+ * `program` is the process above it that ran the program which it has. */
 struct birth {
 	u32 parent;
 	u32 program; /* 0: it has begun one itself */
@@ -1333,7 +1333,7 @@ APART int find_name_in(u64 block, u64 beginning)
 /* The same of the whole object. */
 INLINE u32 find_name(u64 ssl, struct connection *c)
 {
-	/* One word less: what stands at a block's beginning is at the last one's end. */
+	/* Blocks overlap by a word: 0 says that nothing was found, so a block's first word is not looked at. */
 	for (u32 at = 0; at < NAME_SCAN_BYTES; at += NAME_BLOCK_BYTES - 8) {
 		u32 found = find_name_in(ssl + at, *(u64 *)c->host);
 		if (found)
@@ -1447,7 +1447,7 @@ APART int find_host_in(struct head *h, u32 block)
 	return 0;
 }
 
-/* The same of the whole head. A block begins with the last bytes of the one before: so few are no field. */
+/* The same of the whole head. Blocks overlap by five bytes, so that a field at a border is found, once. */
 INLINE void find_host(struct head *h)
 {
 	h->name.position = 0;

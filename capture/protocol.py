@@ -100,9 +100,8 @@ class SocketFlag(enum.IntFlag):
 
 
 class Birth(NamedTuple):
-    """A process's fork: when (monotonic; 0: not known), by which (0: not known), and its user.
-
-    Without a user it has its parent's.
+    """A process's fork: when (monotonic; 0: not known), by which (0: not known), and its user
+    (None: its parent's).
 
     `program` is the process above it whose program it has (0: it began one of its own), `left_ns`
     when it, or the one above it, was forked from that, `parent_ns` when its parent was forked.
@@ -110,10 +109,13 @@ class Birth(NamedTuple):
 
     at_ns: int = 0
     parent: int = 0
-    uid: int | None = 0
+    uid: int | None = None
     program: int = 0
     left_ns: int = 0
     parent_ns: int = 0
+
+
+NOT_KNOWN = Birth()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +128,13 @@ class Socket:
     """
 
     opened_ns: int
-    born_ns: int
+    birth: Birth
     sent: int
     received: int
     hello_sent: int
     used_ns: int
     linked: int
     tgid: int
-    uid: int
     run: int
     port: int
     family: int
@@ -143,16 +144,6 @@ class Socket:
     comm: str
     host: str
     hello: int = 0
-    parent: int = 0
-    program: int = 0
-    left_ns: int = 0
-    parent_ns: int = 0
-
-    @property
-    def birth(self) -> Birth:
-        """How its process came to be."""
-        above = (self.program, self.left_ns, self.parent_ns)
-        return Birth(self.born_ns, self.parent, self.uid, *above)
 
 
 def decode_socket(raw: bytes) -> Socket:
@@ -165,14 +156,13 @@ def decode_socket(raw: bytes) -> Socket:
     parent, program, comm, host = fields[20:]
     return Socket(
         opened,
-        born,
+        Birth(born, parent, uid, program, left, parent_ns),
         sent,
         received,
         hello_sent,
         used,
         linked,
         tgid,
-        uid,
         run,
         port,
         family,
@@ -182,10 +172,6 @@ def decode_socket(raw: bytes) -> Socket:
         text(comm),
         text(host),
         hello,
-        parent,
-        program,
-        left,
-        parent_ns,
     )
 
 
@@ -197,10 +183,9 @@ class ProtocolViolation(Exception):
 class Record:
     """A kernel record. `offset` of a CLOSE is the number of bytes sent, `received` the other.
 
-    Of an OPEN and a USED `offset` is when the process was forked, `parent` by which, and what
-    else a Birth has.
-    Of an EXEC `data` are the arguments, each ended by NUL, as far as they were copied, `length`
-    their bytes in all, `project` the variable HALTON_PROJECT and `offset` the parent at birth.
+    Of an OPEN and a USED `birth` is how the process came to be. Of an EXEC `data` are the
+    arguments, each ended by NUL, as far as they were copied, `length` their bytes in all, `project`
+    the variable HALTON_PROJECT and `offset` the parent at birth.
     """
 
     kind: int
@@ -220,16 +205,7 @@ class Record:
     project: bytes = b""
     received: int = 0
     socket: Socket | None = None
-    parent: int = 0
-    program: int = 0
-    left_ns: int = 0
-    parent_ns: int = 0
-
-    @property
-    def birth(self) -> Birth:
-        """How the process of an OPEN or a USED came to be."""
-        above = (self.program, self.left_ns, self.parent_ns)
-        return Birth(self.offset, self.parent, self.uid, *above)
+    birth: Birth = NOT_KNOWN
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -262,10 +238,7 @@ def decode_record(frame: bytes) -> Record:
             *fields,
             comm=text(body[:COMM_BYTES]),
             host=text(body[COMM_BYTES:][:HOST_BYTES_MAX]),
-            parent=captured,
-            program=program,
-            left_ns=left,
-            parent_ns=parent_ns,
+            birth=Birth(offset, captured, uid, program, left, parent_ns),
         )
     if kind == CLOSE and len(body) >= 8:
         names = body[8:]
@@ -310,7 +283,8 @@ def encode_open(record: Record) -> bytes:
     """An OPEN as the kernel writes it."""
     names = record.comm.encode()[:COMM_BYTES].ljust(COMM_BYTES, b"\0")
     names += record.host.encode()[:HOST_BYTES_MAX].ljust(HOST_BYTES_MAX, b"\0")
-    names += ORIGIN.pack(record.left_ns, record.parent_ns, record.program)
+    birth = record.birth
+    names += ORIGIN.pack(birth.left_ns, birth.parent_ns, birth.program)
     return (
         RECORD.pack(
             RECORD.size + len(names),
@@ -322,9 +296,9 @@ def encode_open(record: Record) -> bytes:
             record.ssl,
             record.opened_ns,
             record.at_ns,
-            record.offset,
+            birth.at_ns,
             record.length,
-            record.parent,
+            birth.parent,
         )
         + names
     )

@@ -33,7 +33,7 @@ from capture.processes.proc import (
     working_directory,
 )
 from capture.processes.roots import Ancestor
-from capture.protocol import Birth, Record
+from capture.protocol import NOT_KNOWN, Birth, Record
 from halton_meter.model import Process
 
 IDENTITY_S = 1.0
@@ -45,7 +45,6 @@ LIFE_KEPT_NS = 30_000_000_000
 LIVES_OF_ONE_MAX = 64  # in that time: a shell that becomes `env` that becomes the client, and so on
 HEAD_BYTES = 256  # of a program: the kernel reads as much of its first line
 _NEVER = float("-inf")
-_UNKNOWN = Birth()
 
 
 @dataclass(slots=True)
@@ -92,7 +91,7 @@ class Identities:
         self._added(len(record.data))
 
     def of(
-        self, pid: int, *, fresh: bool = False, at_ns: int | None = None, birth: Birth = _UNKNOWN
+        self, pid: int, *, fresh: bool = False, at_ns: int | None = None, birth: Birth = NOT_KNOWN
     ) -> Process | None:
         """Who it is, or was at that (monotonic) time; None when that is not known.
 

@@ -212,7 +212,7 @@ class Helper:
             socket.tgid, at_ns=socket.opened_ns, birth=socket.birth
         )
         known = process or Process(
-            pid=socket.tgid, started_ns=0, exe=socket.comm or None, uid=socket.uid
+            pid=socket.tgid, started_ns=0, exe=socket.comm or None, uid=socket.birth.uid
         )
         return self._tree.with_run(known, socket.run)
 

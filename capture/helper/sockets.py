@@ -166,7 +166,7 @@ class Sockets:
 
     def _used(self, record: protocol.Record) -> None:
         """A TLS connection has sent plaintext through a probe."""
-        known = self._of(record.tgid, record.offset)
+        known = self._of(record.tgid, record.birth.at_ns)
         if known.older and record.flags & protocol.FLAG_JOINED:
             mine = (each for each in known.older if self._host_of(each) == record.host)
             known.older.remove(next(mine, known.older[0]))
@@ -182,7 +182,7 @@ class Sockets:
         """
         process = self._name(_unseen(record.tgid, record.birth, record.host))
         # By /proc, one whose parent has ended is init's child; the kernel has told of its fork.
-        told = [each for each in (record.parent, record.program) if each]
+        told = [each for each in (record.birth.parent, record.birth.program) if each]
         for above in [*told, *(pid for pid, _ in process.parents)]:
             for (pid, _born_ns), known in self._processes.items():
                 if pid == above and self._has_unlinked(known, record.host):
@@ -208,7 +208,7 @@ class Sockets:
 
     def opened(self, number: int, socket: Socket) -> None:
         """A connection that leads to a provider, or may."""
-        known = self._of(socket.tgid, socket.born_ns)
+        known = self._of(socket.tgid, socket.birth.at_ns)
         known.nameless = known.nameless or bool(socket.flags & SocketFlag.NO_NAME)
         seen = known.open[number] = _Seen(socket)
         self._nameless.append(seen)
@@ -242,7 +242,7 @@ class Sockets:
         return any(socket.port in ports for ports in self._own_proxies.values())
 
     def _ended(self, number: int, socket: Socket) -> None:
-        known = self._of(socket.tgid, socket.born_ns)
+        known = self._of(socket.tgid, socket.birth.at_ns)
         if self._origins.get(socket.hello, (0, socket))[1].opened_ns == socket.opened_ns:
             self._origins[socket.hello] = number, socket  # it is known by now whether it is metered
         known.ended.append((known.open.pop(number, None), socket))
@@ -482,14 +482,13 @@ def _unseen(pid: int, birth: Birth, host: str) -> Socket:
     """A connection that nobody saw being opened."""
     return Socket(
         opened_ns=time.monotonic_ns(),
-        born_ns=birth.at_ns,
+        birth=birth,
         sent=0,
         received=0,
         hello_sent=0,
         used_ns=0,
         linked=0,
         tgid=pid,
-        uid=birth.uid or 0,
         run=0,
         port=0,
         family=0,
@@ -498,10 +497,6 @@ def _unseen(pid: int, birth: Birth, host: str) -> Socket:
         flags=SocketFlag(0),
         comm="",
         host=host,
-        parent=birth.parent,
-        program=birth.program,
-        left_ns=birth.left_ns,
-        parent_ns=birth.parent_ns,
     )
 
 

@@ -59,4 +59,4 @@ def _notices(spool: Spool, position: int, ring: bpf.Ring) -> Iterator[bytes]:
 def _open(key: Key, flags: int, uid: int, comm: str, host: str) -> protocol.Record:
     tgid, ssl, opened_ns = key
     fields = (protocol.OPEN, 0, flags, tgid, uid, ssl, opened_ns, opened_ns, 0, 0)
-    return protocol.Record(*fields, comm=comm, host=host)
+    return protocol.Record(*fields, comm=comm, host=host, birth=protocol.Birth(uid=uid))

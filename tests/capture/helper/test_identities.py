@@ -273,7 +273,8 @@ class World:
         if self.program is not None:
             self.has_connections = True
             fields = (protocol.OPEN, 0, 0, PID, 0, 1, 0, self.now_ns, self.known_birth_ns, 0, 0)
-            self.connections.append((self.program, Record(*fields)))
+            record = Record(*fields, birth=Birth(self.known_birth_ns))
+            self.connections.append((self.program, record))
 
     # --- what /proc tells
 

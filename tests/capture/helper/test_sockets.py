@@ -11,7 +11,7 @@ import pytest
 
 from capture import protocol
 from capture.helper.sockets import HANDSHAKE_BYTES_MAX, ROWS_MAX, Cause, Sockets, is_used
-from capture.protocol import Record, Socket, SocketFlag
+from capture.protocol import Birth, Record, Socket, SocketFlag
 from halton_meter.model import Process
 
 HOST, PID = "api.openai.com", 77
@@ -22,14 +22,13 @@ FOLLOWED = SocketFlag.FOLLOWED
 def socket(**more: Any) -> Socket:
     made = Socket(
         opened_ns=5,
-        born_ns=1,
+        birth=Birth(1, uid=0),
         sent=1000,
         received=2000,
         hello_sent=500,
         used_ns=9,
         linked=0,
         tgid=PID,
-        uid=0,
         run=0,
         port=443,
         family=2,
@@ -55,10 +54,11 @@ class Table:
         return list(self.values)
 
     def put(self, number: int, made: Socket) -> None:
-        fields = (made.opened_ns, made.born_ns, made.sent, made.received, made.hello_sent)
-        fields += (made.used_ns, made.linked, 0, made.left_ns, made.parent_ns)
-        fields += (made.tgid, made.uid, made.run, made.port)
-        above = (made.parent, made.program)
+        birth = made.birth
+        fields = (made.opened_ns, birth.at_ns, made.sent, made.received, made.hello_sent)
+        fields += (made.used_ns, made.linked, 0, birth.left_ns, birth.parent_ns)
+        fields += (made.tgid, birth.uid, made.run, made.port)
+        above = (birth.parent, birth.program)
         names = (made.comm.encode(), made.host.encode())
         self.values[number.to_bytes(8, "little")] = protocol.SOCKET.pack(
             *fields, made.family, made.address, 1, 1, int(made.flags), 0, *above, *names
@@ -79,7 +79,7 @@ class Place:
                 pid=made.tgid,
                 started_ns=0,
                 exe=f"/bin/{made.tgid}",
-                parents=((made.parent, "parent"),) if made.parent else (),
+                parents=((made.birth.parent, "parent"),) if made.birth.parent else (),
             ),
             lambda pid, at_ns: Cause("stack_not_probed", "rustls"),
             lambda pid, connection: "rustls" if connection & protocol.RUSTLS_ID else "OpenSSL",
@@ -104,7 +104,7 @@ class Place:
     ) -> None:
         """A TLS connection sends its first plaintext through a probe."""
         fields = (protocol.USED, 0, int(joined), pid, 0, 99, 5, 6, 1, 0)
-        self.sockets.take(Record(*fields, host=host, parent=parent, program=program))
+        self.sockets.take(Record(*fields, host=host, birth=Birth(1, parent, 0, program)))
 
     def sums(self) -> list[tuple[Any, ...]]:
         return _short(self.sockets.take_sums())

@@ -1,28 +1,12 @@
 """Forks in the way that is named; the last fork asks, and ends. Each runs no program of its own."""
 
 import contextlib
-import http.client
 import os
-import socket
-import ssl
 import sys
 import threading
 from collections.abc import Callable
 
-context = ssl.create_default_context(cafile=os.environ["CA"])
-host, port = os.environ["HOST"], int(os.environ["PORT"])
-host.encode("idna")  # its codec is a file, which another user may not be allowed to read
-
-
-def ask(n: int = 1) -> None:
-    with (
-        socket.create_connection(("127.0.0.1", port)) as plain,
-        context.wrap_socket(plain, server_hostname=host) as tls,
-    ):
-        tls.sendall(f"GET /bytes/{n} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
-        answer = http.client.HTTPResponse(tls)
-        answer.begin()
-        answer.read()
+from asks import ask
 
 
 def in_fork(what: Callable[[], object]) -> int:

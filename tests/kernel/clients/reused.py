@@ -5,29 +5,14 @@ own and for a path of its own; the third only forks from this one.
 """
 
 import contextlib
-import http.client
 import os
-import socket
-import ssl
 import sys
 from collections.abc import Callable
 
+from asks import ask, host, port
+
 TRIES_MAX = 500
 NOT_THIS_NUMBER = 77
-
-context = ssl.create_default_context(cafile=os.environ["CA"])
-host, port = os.environ["HOST"], int(os.environ["PORT"])
-
-
-def ask(n: int) -> None:
-    with (
-        socket.create_connection(("127.0.0.1", port)) as plain,
-        context.wrap_socket(plain, server_hostname=host) as tls,
-    ):
-        tls.sendall(f"GET /bytes/{n} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
-        answer = http.client.HTTPResponse(tls)
-        answer.begin()
-        answer.read()
 
 
 def become(n: int) -> None:
