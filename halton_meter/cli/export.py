@@ -23,8 +23,14 @@ import click
 from halton_meter.accounts import home_folder
 from halton_meter.cli.configured import Configured
 from halton_meter.cli.named import FilePath, file_of, stream_of
-from halton_meter.cli.output import count, fail, say
-from halton_meter.cli.selection import now_ns, read_selection, selection_options, store_problems
+from halton_meter.cli.output import count, fail, note, say
+from halton_meter.cli.selection import (
+    no_match,
+    now_ns,
+    read_selection,
+    selection_options,
+    store_problems,
+)
 from halton_meter.cli.signalled import ended_in_order
 from halton_meter.cli.streams import names_stdout
 from halton_meter.contract import event_json
@@ -97,6 +103,8 @@ def _new_file(form: str, path: Path, selection: Selection, force: bool) -> None:
         with contextlib.suppress(OSError):
             part.unlink()
     say(f"{count(written, 'request')} in {path}")
+    if not written:
+        say(no_match(selection, "events"))
 
 
 def _exported(form: str, part: Path, selection: Selection, path: Path) -> int:
@@ -119,7 +127,8 @@ def _into_stream(form: str, stream: BinaryIO, selection: Selection, path: str) -
         fail(Problem(what, f"halton-meter export {form} spend.{form}"))
     with ended_in_order(), tempfile.TemporaryDirectory(prefix="halton-meter-") as folder:
         part = Path(folder) / "export"
-        _exported(form, part, selection, part)
+        if not _exported(form, part, selection, part):
+            note(no_match(selection, "events"))
         try:
             with part.open("rb") as whole:
                 shutil.copyfileobj(whole, stream)

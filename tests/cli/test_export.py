@@ -163,6 +163,16 @@ def test_a_failure_leaves_neither_the_file_nor_a_part_of_it(
     assert list(folder.iterdir()) == []
 
 
+def test_what_matches_nothing_says_so(home: Path, tmp_path: Path) -> None:
+    keep(home, *EVENTS)
+    done = export("jsonl", str(tmp_path / "none.jsonl"), "--flag", "nosuch")
+    assert done.stdout.startswith(f"0 requests in {tmp_path / 'none.jsonl'}\nNo requests match.")
+    assert "There is no flag 'nosuch'. Flags: aborted," in done.stdout
+    piped = export("jsonl", "-", "--provider", "nosuch")
+    assert (piped.exit_code, piped.stdout) == (0, "")
+    assert "No requests match. All that are stored: halton-meter events" in piped.stderr
+
+
 def test_nothing_stored_is_a_failure_that_says_why(home: Path, tmp_path: Path) -> None:
     result = export("csv", str(tmp_path / "x"))
     assert (result.exit_code, "Nothing metered yet" in result.stderr) == (1, True)

@@ -236,13 +236,18 @@ def meters_text(meters: Meters) -> str:
     return f"metering: {', '.join(names)}" if names else "nothing is metered now"
 
 
+def is_minute_known(minute: Count, flying: Count, meters: Meters, is_known: bool = True) -> bool:
+    """Whether what was metered in the last minute is all that there was, as far as we can tell;
+    `is_known`: what is stored could be read."""
+    seen = minute.requests or flying.requests or meters.services or meters.runs
+    return is_known and bool(seen)
+
+
 def rates_text(minute: Count, flying: Count, meters: Meters, is_known: bool = True) -> str:
     """The last minute, and what is in flight."""
-    if not is_known:
+    if not is_minute_known(minute, flying, meters, is_known):
         known = f"; in flight: {flying.requests:,}, {usd_text(flying)}" if flying.requests else ""
         return f"last minute: not known{known}"
-    if not (minute.requests or flying.requests or meters.services or meters.runs):
-        return "last minute: not known"
     known = f"{count_text(minute.input or 0)} in, {count_text(minute.output or 0)} out, "
     known += usd_text(minute) if minute.requests else "$0.00"
     text = f"last minute: {count(minute.requests, 'request')}, {known}"

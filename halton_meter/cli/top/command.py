@@ -126,6 +126,8 @@ def _is_partly(board: Board) -> bool:
 def _as_json(board: Board, update: Update) -> dict[str, Any]:
     minute = total(board.since(update.at_ns - MINUTE_NS))
     today = total(board.begun_since(start_of(day_of(update.at_ns))))
+    flying = total(board.flights)
+    minute_known = cells.is_minute_known(minute, flying, update.meters, update.is_known)
     groups = board.groups(update.at_ns, "session", "hour")
     return {
         "at": rfc3339(update.at_ns),
@@ -135,8 +137,8 @@ def _as_json(board: Board, update: Update) -> dict[str, Any]:
         },
         "in_flight": [_flight_json(each) for each in board.flying()],
         "in_flight_more": update.more,
-        "last_minute": _count_json(minute),
-        "today": {**_count_json(today), "partly": _is_partly(board), "known": update.is_known},
+        "last_minute": _known_json(minute, minute_known),
+        "today": {**_known_json(today, update.is_known), "partly": _is_partly(board)},
         "sessions": [
             {
                 "key": group.key,
@@ -205,6 +207,11 @@ def _flight_json(flight: Flight) -> dict[str, Any]:
         "received_bytes": flight.received_bytes,
         **_count_json(flight.count),
     }
+
+
+def _known_json(count: Count, known: bool) -> dict[str, Any]:
+    """The same of what may not be known: then no number of requests stands for none."""
+    return {**_count_json(count), **({} if known else {"requests": None}), "known": known}
 
 
 def _count_json(count: Count) -> dict[str, Any]:

@@ -38,6 +38,11 @@ def moment() -> dict[str, Any]:
     return found
 
 
+def test_what_nobody_meters_is_not_known_and_not_none(home: Path) -> None:
+    found = moment()["last_minute"]
+    assert (found["known"], found["requests"]) == (False, None)
+
+
 def test_json_has_everything_of_one_moment(home: Path) -> None:
     now_s = time.time()
     with Store(home) as store:
@@ -51,6 +56,7 @@ def test_json_has_everything_of_one_moment(home: Path) -> None:
     assert found["metering"] == {"services": [], "runs": 0}
     assert (found["in_flight"], found["in_flight_more"], found["trouble"]) == ([], 0, None)
     assert found["last_minute"]["list_usd"] == "1.5"
+    assert (found["last_minute"]["known"], found["last_minute"]["requests"]) == (True, 1)
     [session] = found["sessions"]
     assert (session["key"], session["client"], session["failed"]) == ("s1", "claude-cli", 0)
     assert session["last_hour"] == {
