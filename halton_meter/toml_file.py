@@ -54,17 +54,23 @@ def read(path: Path, bytes_max: int, *, ours: bool = True) -> Document | None:
             return read_opened(file, path, bytes_max, ours=ours)
     except FileNotFoundError:
         if path.is_symlink():
-            raise Unreadable(f"{path}: links to a file that is not there: {_look(path)}") from None
+            raise Unreadable(f"{path}: links to a file that is not there: {look(path)}") from None
         return None
     except IsADirectoryError:
         raise Unreadable(_no_file(path, "a folder, not a file", ours)) from None
     except OSError as error:
-        what = f"{path}: cannot be read: {error.strerror}; see: {_look(path)}"
+        what = f"{path}: cannot be read: {error.strerror}; see: {look(path)}"
         raise Unreadable(what) from None
 
 
-def _look(path: Path) -> str:
+def look(path: Path) -> str:
+    """The command that shows whose a file is, and how large."""
     return f"ls -l {shlex.quote(str(path))}"
+
+
+def too_large(path: Path, bytes_max: int) -> str:
+    """What is said of a file that is not read for its size."""
+    return f"{path}: larger than {bytes_max:,} bytes; such a file is not read"
 
 
 def _no_file(path: Path, what: str, ours: bool) -> str:
@@ -79,8 +85,7 @@ def read_opened(file: IO[bytes], path: Path, bytes_max: int, *, ours: bool = Tru
         raise Unreadable(_no_file(path, "not a file", ours))
     raw = file.read(bytes_max + 1)
     if len(raw) > bytes_max:
-        what = f"{path}: larger than {bytes_max:,} bytes; such a file is not read"
-        raise Unreadable(f"{what}; see: {_look(path)}")
+        raise Unreadable(f"{too_large(path, bytes_max)}; see: {look(path)}")
     return parsed(raw, str(path))
 
 

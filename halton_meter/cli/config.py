@@ -46,6 +46,7 @@ from halton_meter.config import (
     read_text,
 )
 from halton_meter.problem import Problem
+from halton_meter.toml_file import look, too_large
 
 EXAMPLES = """
     \b
@@ -395,14 +396,9 @@ def _edited(target: Path) -> str:
     except FileNotFoundError:
         text = _NEW
     except OSError as error:
-        fail(
-            Problem(
-                f"{target}: cannot be read: {error.strerror}", f"ls -l {shlex.quote(str(target))}"
-            )
-        )
+        fail(Problem(f"{target}: cannot be read: {error.strerror}", look(target)))
     if len(text) > CONFIG_BYTES_MAX:
-        what = f"{target}: larger than {CONFIG_BYTES_MAX:,} bytes; such a file is not read"
-        fail(Problem(what, f"ls -l {shlex.quote(str(target))}"))
+        fail(Problem(too_large(target, CONFIG_BYTES_MAX), look(target)))
     found = _in_editor(text)
     return "" if found == _NEW else found
 

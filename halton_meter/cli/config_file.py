@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from halton_meter.cli.output import fail, note, say, unwritten, wrong_usage
 from halton_meter.config import CONFIG_BYTES_MAX, CONFIG_NAME, Loaded, read_text
 from halton_meter.problem import Problem
-from halton_meter.toml_file import shown_value
+from halton_meter.toml_file import look, shown_value, too_large
 
 if TYPE_CHECKING:
     from tomlkit import TOMLDocument
@@ -82,18 +81,12 @@ def _text(path: Path) -> tuple[str, int | None]:
     except OSError as error:
         fail(Problem(f"{path}: cannot be read: {error.strerror}", look(path)))
     if len(raw) > CONFIG_BYTES_MAX:
-        what = f"{path}: larger than {CONFIG_BYTES_MAX:,} bytes; such a file is not read"
-        fail(Problem(what, look(path)))
+        fail(Problem(too_large(path, CONFIG_BYTES_MAX), look(path)))
     try:
         return raw.removeprefix(b"\xef\xbb\xbf").decode(), stamp
     except UnicodeDecodeError:
         pass
     fail(*_problems(read_text(raw, str(path)), path))
-
-
-def look(path: Path) -> str:
-    """The command that shows whose a file is, and how large."""
-    return f"ls -l {shlex.quote(str(path))}"
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +23,25 @@ from halton_meter.wire.recording import Recorder
 from proxy_fallback.mitm.addon import Begin, MeterAddon, Wiring
 from proxy_fallback.mitm.session import ProxySession, host_patterns
 from tests.support.accepting import answer_each
+
+# A process of its own: here other tests have loaded what they like.
+STARTS = """
+import sys
+from pathlib import Path
+from proxy_fallback.mitm.addon import MeterAddon, Wiring
+from proxy_fallback.mitm.session import ProxySession
+wiring = Wiring(lambda begin: None, lambda end: None, lambda exchange: None)
+session = ProxySession(MeterAddon(wiring), ["localhost"], Path(sys.argv[1]))
+session.start()
+session.stop()
+print(sorted({"flask", "jinja2", "ldap3", "mitmproxy.addons.proxyserver"} & sys.modules.keys()))
+"""
+
+
+def test_a_proxy_loads_the_addons_that_it_uses_and_no_others(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STARTS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "['mitmproxy.addons.proxyserver']\n"
 
 
 @pytest.fixture(scope="module")
