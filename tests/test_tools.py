@@ -38,6 +38,7 @@ def test_the_end_is_counted_from_the_summary() -> None:
 
 def test_what_is_shown_of_a_failed_group_begins_with_its_failures() -> None:
     assert run_tests.failure(FAILED)[1] == "____ test_one ____"
+    assert run_tests.failed_tests(FAILED) == [("test_one", "assert False")]
     assert run_tests.failure("mypy: no\nsuch file\n") == ["mypy: no", "such file"]
 
 

@@ -4,7 +4,8 @@
 
 The groups (lint, unit, kernel, lab) run side by side: lint and unit compute, kernel and lab mostly
 wait for programs that they start, so they get the processor first. Each group's output goes to
-.cache/tests/GROUP.log; what failed is shown at the end, above one table. Tests marked `slow` are
+.cache/tests/GROUP.log; what failed is shown at the end, then one table, and below it a line for
+each test that failed. Tests marked `slow` are
 left out and properties get fewer examples; with --all everything runs, with --slow only
 what is left out otherwise. Exit code: 0 if all groups passed, 1 if a test failed, 130 when it was
 interrupted before one did.
@@ -28,6 +29,7 @@ LOGS = ROOT / ".cache" / "tests"
 PROGRESS_S = 30.0
 END_S = 30.0
 FAILURE_LINES_MAX = 300
+ERROR_CHARACTERS_MAX = 1000
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 NO_TESTS = 5  # pytest's exit code
 BIN = Path(sys.executable).parent
@@ -224,13 +226,29 @@ def show(ran: Iterable[Group]) -> None:
         numbers = f"{counts['passed']:7,} {counts['failed']:7,} {counts['skipped']:8,}"
         print(f"{group.name:8} {numbers} {group.wall_s:8.0f} {group.cpu_s:8.0f}"
               f"{'  FAILED' if group.failed else ''}")  # fmt: skip
+    for group in ran:
+        for name, error in failed_tests(group.log.read_text(errors="replace")):
+            print(f"{group.name}: {name}: {error}")
 
 
-def failure(log: str) -> list[str]:
+def failed_tests(log: str) -> list[tuple[str, str]]:
+    """The name of each test that failed, and how its error begins."""
+    found: list[tuple[str, str]] = []
+    name = ""
+    for line in failure(log, len(log)):
+        if head := re.fullmatch(r"_{3,} (.+?) _{3,}", line):
+            name = head[1]
+        elif name and (error := re.match(r"E +(.+)", line)):
+            found.append((name, error[1][:ERROR_CHARACTERS_MAX]))
+            name = ""
+    return found
+
+
+def failure(log: str, lines_max: int = FAILURE_LINES_MAX) -> list[str]:
     """The part of a log that tells what failed: pytest's failures on, or the end."""
     lines = log.splitlines()
     heads = [at for at, line in enumerate(lines) if re.match(r"=+ (FAILURES|ERRORS) =+", line)]
-    return lines[heads[0] if heads else 0 :][-FAILURE_LINES_MAX:]
+    return lines[heads[0] if heads else 0 :][-lines_max:]
 
 
 def main() -> int:

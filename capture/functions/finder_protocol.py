@@ -31,6 +31,8 @@ QUICK, HURRIED, IDLE = b"quick", b"hurried", b"idle"
 """Kinds of children: for files by symbol, for one search, for one search that nobody waits for."""
 LAST = b"last"
 """Follows a child's last answer: ask another child."""
+NOTHING, NO_ANSWER = "null", "no answer"
+"""Answers: there is no TLS in the file; nobody knows, ask again later."""
 
 STRUCTURE_FILE_BYTES_MIN = 1_000_000
 """Files below this are not searched by structure: no executable with a stripped TLS stack is."""
@@ -73,7 +75,7 @@ def _layer_said(layer: RecordLayer) -> dict[str, Any]:
 
 def library_from_json(text: str) -> Library | None:
     """The inverse. Raises ValueError, KeyError or TypeError on anything else."""
-    if text.strip() == "null":
+    if text.strip() == NOTHING:
         return None
     content = untrusted.parsed(text.encode("utf-8", "replace"))
     if content is None:

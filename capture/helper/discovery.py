@@ -434,7 +434,7 @@ class Discovery:
         # Those that are TLS by their names first: the client goes on meanwhile.
         for mapping in sorted(mappings, key=lambda each: not _is_tls_by_name(each)):
             inode = mapping.device, mapping.inode
-            if inode in watched.seen:
+            if inode in watched.seen and not self.files.asks_again(inode):
                 continue
             if len(watched.seen) >= SEEN_MAX:
                 break

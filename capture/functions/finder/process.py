@@ -24,7 +24,16 @@ from pathlib import Path
 
 from capture.functions.elf import ElfError
 from capture.functions.finder import confinement, search, symbols
-from capture.functions.finder_protocol import IDLE, LAST, LINKER, QUICK, SEARCH, library_json
+from capture.functions.finder_protocol import (
+    IDLE,
+    LAST,
+    LINKER,
+    NO_ANSWER,
+    NOTHING,
+    QUICK,
+    SEARCH,
+    library_json,
+)
 from capture.functions.library import Library
 from capture.functions.stacks import STACKS
 from capture.unprivileged import end_with_parent, give_up_privileges
@@ -43,15 +52,15 @@ _DISASSEMBLER = ("capstone", "capstone.x86", "capstone.arm64")
 
 
 def answer(kind: bytes, fd: int) -> str:
-    """What was found, as JSON: "null" for nothing."""
+    """What was found, as JSON: "null" for nothing; NO_ANSWER where it could not be searched."""
     seconds = SEARCH_SECONDS_MAX if kind == SEARCH else INSPECT_SECONDS_MAX
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         return library_json(_look(kind, fd))
-    except (ElfError, OSError, ValueError, ImportError, MemoryError, struct.error):
-        return "null"
-    except search.SearchTooLong:
-        return "null"
+    except (ElfError, ValueError, struct.error, search.SearchTooLong):
+        return NOTHING
+    except (OSError, ImportError, MemoryError):  # of this machine now, not of the file
+        return NO_ANSWER if kind == SEARCH else NOTHING
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 

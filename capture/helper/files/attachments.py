@@ -23,6 +23,7 @@ from dataclasses import replace
 from capture.functions.finder_protocol import (
     INSPECT,
     LINKER,
+    NO_ANSWER,
     SEARCH,
     STRUCTURE_FILE_BYTES_MIN,
     library_from_json,
@@ -51,6 +52,8 @@ TURN_S = 0.02
 """Of attaching, before processes are looked at again. One file is attached to in one go."""
 SETTLED_NS = 100_000_000
 """How long ago a file was last written to, for what was found in it to be remembered."""
+AGAIN_S, AGAIN_S_MAX = 60.0, 3600.0
+"""After a search without an answer the file is searched again, when it is met; each time later."""
 LINKER_PREFIX = "ld-"  # ld-linux-x86-64.so.2, ld-2.31.so, ld-musl-x86_64.so.1
 
 
@@ -71,6 +74,7 @@ class Attachments:
         self._searches = Searches(epoll, finder)
         self._turns = Turns(self._probes_of)
         self._turn_s = 0.0  # spent on attaching since the last turn began
+        self._again_at: dict[tuple[int, int], float] = {}  # by inode; see `asks_again`
         # The least recently used first, in both.
         self.files: dict[FileId, File] = {}
         self._without: dict[tuple[int, int], int] = {}  # device and inode: the change time
@@ -150,7 +154,8 @@ class Attachments:
         job.fd = os.dup(job.fd)
         if self._searches.ask(job):
             self._keep(job.identity, file)
-            file.priority = job.priority
+            self._again_at.pop(job.identity[:2], None)
+            file.priority, file.failure = job.priority, None
         else:
             os.close(job.fd)
             self.over_limit += 1
@@ -172,6 +177,8 @@ class Attachments:
         if file.waits:
             self._turns.raise_priority(file.owner, identity, priority)
         searched = file.priority
+        if searched is None and self.asks_again(identity[:2]):
+            return priority is SearchPriority.AHEAD
         return searched is None or searched <= priority or searched is SearchPriority.LIBRARY
 
     def knows(self, identity: FileId) -> bool:
@@ -251,6 +258,7 @@ class Attachments:
             return
         file.waits = False
         self.probes.detach(file)
+        self._again_at.pop(identity[:2], None)
         same = self._by_inode[identity[:2]]
         same.discard(identity)
         if not same:
@@ -458,11 +466,11 @@ class Attachments:
         file = self.files.get(job.identity)
         if file is None or file.priority is None:
             return False  # searched twice, once in the background; or written to meanwhile
-        if text is None:
+        if text is None or text == NO_ANSWER:
             if file.priority is job.priority:
-                file.priority = None
-                file.failure = f"the search in it ended without an answer; {INSTEAD}"
+                self._not_answered(job.identity, file)
             return True
+        file.unanswered = 0
         library = None
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
             library = library_from_json(text)
@@ -478,6 +486,19 @@ class Attachments:
             self._forget(job.identity)  # looked at again, and attached, when it is run
             return False
         return self._take_library(job, file, library)
+
+    def _not_answered(self, identity: FileId, file: File) -> None:
+        """Its search was killed, had no memory, or took too long on a busy machine."""
+        file.priority = None
+        file.failure = f"the search in it ended without an answer; {INSTEAD}"
+        later_s = min(AGAIN_S * 2**file.unanswered, AGAIN_S_MAX)
+        self._again_at[identity[:2]] = time.monotonic() + later_s
+        file.unanswered += 1
+
+    def asks_again(self, inode: tuple[int, int]) -> bool:
+        """Whether a search in the file ended without an answer, long enough ago to try another."""
+        again_at = self._again_at.get(inode)
+        return again_at is not None and again_at <= time.monotonic()
 
     def _nothing_found(self, job: Job, file: File) -> bool:
         if file.priority is not job.priority:

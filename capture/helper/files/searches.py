@@ -154,10 +154,13 @@ class Finder:
         """Have it fork a child; it is started again where it is gone, though not all the time."""
         for _ in range(2):
             if self._control is not None:
-                with contextlib.suppress(OSError):
+                try:
                     socket.send_fds(self._control, [kind], [link.fileno()])
                     return True
-                self.stop()
+                except BlockingIOError:
+                    return False  # it has its hands full: others' children go on
+                except OSError:
+                    self.stop()
             if now - self._started_at < RESTART_S:
                 return False
             self.start(now)
@@ -300,6 +303,8 @@ class Searches:
                 child.since = now
                 yield child.given.popleft(), text.decode("utf-8", "replace")
         if now - child.since > _limit_s(child):
+            if not child.pid:
+                self._finder.stop()  # it has not even begun: the finder itself hangs
             self._charge(child.owner, child.lane, child.cpu_s())  # a slow disk takes none
             yield from self._ended(child, blamed=True)
 

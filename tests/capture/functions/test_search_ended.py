@@ -11,12 +11,21 @@ from typing import Any
 
 import pytest
 
-from capture.functions.finder_protocol import STRUCTURE_FILE_BYTES_MIN
+from capture.functions.finder import process
+from capture.functions.finder_protocol import (
+    INSPECT,
+    NO_ANSWER,
+    NOTHING,
+    SEARCH,
+    STRUCTURE_FILE_BYTES_MIN,
+)
+from capture.functions.library import Library
 from capture.helper.coverage import unmetered
+from capture.helper.files import searches
 from capture.helper.files.attachments import SETTLED_NS, Attachments, FileId, SearchPriority
 from capture.helper.files.known_files import KnownFiles
 from capture.helper.files.name_locations import NameLocations
-from capture.helper.files.searches import Searches
+from capture.helper.files.searches import Finder, Job, Searches
 from tests.capture.functions.test_boringssl import COMPILERS, build, strip
 from tests.support.waiting import WAIT_SECONDS_MAX, is_readable, wait_until
 
@@ -73,6 +82,62 @@ def test_a_file_that_kills_the_search_is_told_of_and_hides_no_other(
     library = attachments.files[second].library
     assert library is not None
     assert "2 functions may be SSL_write" in str(library.reason)
+    # It is searched again when it is met after a while, and only then.
+    path = str(tmp_path / "first")
+    attachments.look_at(path, path)
+    assert not attachments.searching
+    attachments._again_at[first[:2]] = time.monotonic()
+    attachments.look_at(path, path)
+    assert attachments.searching
+    searched(attachments)
+    again = attachments.files[first]
+    assert again.library is not None
+    assert again.library.reason == library.reason
+    assert again.failure is None
+    attachments.close()
+
+
+def no_memory(*_: object) -> Library | None:
+    raise MemoryError
+
+
+def test_a_search_that_cannot_be_made_now_is_not_one_that_found_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without memory, say: nothing is remembered, and the file is searched again later."""
+    attachments = Attachments({}, KnownFiles(tmp_path / "known"), NameLocations(None, None, None))
+    monkeypatch.setattr(process, "_look", no_memory)
+    path = tmp_path / "it"
+    identity = put(attachments, path, strip(build(tmp_path)).read_bytes())
+    with path.open("rb") as file:
+        for kind, answer in (INSPECT, NOTHING), (SEARCH, NO_ANSWER):
+            assert process.answer(kind, file.fileno()) == answer
+            job = Job(identity, os.dup(file.fileno()), 0, kind, SearchPriority.PROGRAM)
+            attachments._take(job, answer)
+            os.close(job.fd)
+        assert not KnownFiles(tmp_path / "known").is_without(file.fileno())
+    assert "ended without an answer" in str(attachments.files[identity].failure)
+    attachments.close()
+
+
+def test_a_finder_that_hangs_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searches, "QUICK_S", 0.5)
+    monkeypatch.setattr(searches, "RESTART_S", 0.0)
+    finder = Finder()
+    finder.start(time.monotonic())
+    hangs = finder._process
+    assert hangs is not None
+    os.kill(hangs.pid, signal.SIGSTOP)
+    attachments = Attachments({}, KnownFiles(None), NameLocations(None, None, None), finder=finder)
+    subject = strip(build(tmp_path, "-DTWO_WRITERS")).read_bytes()
+    first = put(attachments, tmp_path / "first", subject)
+    searched(attachments)
+    assert "ended without an answer" in str(attachments.files[first].failure)
+    assert hangs.poll() is not None
+    monkeypatch.setattr(searches, "QUICK_S", WAIT_SECONDS_MAX)
+    second = put(attachments, tmp_path / "second", subject)
+    searched(attachments)
+    assert attachments.files[second].library is not None
     attachments.close()
 
 

@@ -29,6 +29,8 @@ Install = Callable[[Program], Path]
 STACK = "BoringSSL, static and stripped"
 # What nobody runs yet is searched at the lowest priority: beside busy programs that may take long.
 SEARCHED_S_MAX = 400.0
+RUNS_MAX = 5
+TOLD = ("worker", "probes", "losses_since_restart", "losses", "outages", "coverage")
 HERE = Path(__file__).parent
 SCRIPT = HERE / "fetch.mjs"
 GRPC_CLIENT = HERE / "grpc_client.py"
@@ -39,25 +41,35 @@ def newest_first(programs: Sequence[Program]) -> list[Any]:
     return first(programs[::-1])
 
 
-def attached(bench: Bench, library: Path | str) -> None:
+def attached(bench: Bench, library: Path | str, seconds: float = SEARCHED_S_MAX) -> None:
     """Return once the service has probes in a file (or in one of that name)."""
 
     status: dict[str, Any] = {}
 
     def has_probes() -> bool:
+        status.clear()
         status.update(bench.service.status() or {})
         return any(Path(each).match(str(library)) for each in status.get("libraries", ()))
 
     try:
-        wait_until(has_probes, f"probes in {library}", SEARCHED_S_MAX)
+        wait_until(has_probes, f"probes in {library}", seconds)
     except AssertionError as late:
-        raise AssertionError(f"{late}; the service: {json.dumps(status)}") from late
+        told = {name: status[name] for name in TOLD if name in status} or "no answer"
+        raise AssertionError(f"{late}; the service: {json.dumps(told)}") from late
 
 
 def recognised(bench: Bench, library: Path | str, *argv: str) -> None:
-    """The same, where a first run must make the service look at the file."""
-    bench.lab.run([*(argv or (str(library), "--version"))], user=bench.lab.user)
-    attached(bench, library)
+    """The same, where a run must make the service look at the file.
+
+    A search that had no answer on a busy machine is made again when the program is run again.
+    """
+    for left in reversed(range(RUNS_MAX)):
+        bench.lab.run([*(argv or (str(library), "--version"))], user=bench.lab.user)
+        try:
+            return attached(bench, library, SEARCHED_S_MAX / RUNS_MAX)
+        except AssertionError:
+            if not left:
+                raise
 
 
 def exact(seen: Observed, count: int | None = None) -> None:
