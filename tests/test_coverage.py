@@ -152,3 +152,10 @@ def test_a_loss_that_a_line_names_is_not_told_twice() -> None:
     assert losses_beside(losses, made((UNNAMED, 1, 5))) == {"ring_full": 2}
     assert losses_beside(losses, made((WGET, 1, 5))) == losses
     assert losses_beside(losses, None) == losses
+
+
+def test_what_came_before_the_probes_is_told_where_nobody_counts_connections() -> None:
+    losses = {"processes_ahead_of_probes": 1}
+    assert losses_beside(losses, made((CURL, 3, 900))) == {}
+    assert losses_beside(losses, Coverage(is_known=False)) == losses
+    assert losses_beside(losses, None) == losses

@@ -29,6 +29,8 @@ RESTS_SHOWN = 8
 _NAMED_HERE = {
     "http2_without_name": frozenset({"no_server_name", "older_than_probes", "host_not_told"})
 }
+# What such a process sent too early is a connection that was not metered, where they are counted.
+_COUNTED_AS_CONNECTIONS = frozenset({"processes_ahead_of_probes"})
 NOT_SHOWN_BY_KERNEL = (
     "coverage: unknown, this kernel does not show the connections that programs open "
     "(Linux 6.3 or newer does)"
@@ -73,10 +75,11 @@ def coverage_lines(
 def losses_beside(losses: Mapping[str, int], coverage: Coverage | None) -> dict[str, int]:
     """The losses that no line about coverage names with program and cause."""
     named = {part.cause for part, _ in coverage.rests()} if coverage else set()
+    counted = _COUNTED_AS_CONNECTIONS if coverage and coverage.is_known else frozenset[str]()
     return {
         cause: lost
         for cause, lost in losses.items()
-        if not named & _NAMED_HERE.get(cause, frozenset())
+        if cause not in counted and not named & _NAMED_HERE.get(cause, frozenset())
     }
 
 

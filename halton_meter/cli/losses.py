@@ -45,6 +45,10 @@ _LOSSES = {
         "run", "of tshark failed; its work was done without it", "tshark --version"
     ),
     "connections_evicted": _Loss("connection", "closed early: too many were open"),
+    "packets_dropped": _Loss("packet", "dropped: the kernel's buffer was full"),
+    "quic_stream_bytes_missing": _Loss(
+        "byte", "of HTTP/3 missing", "turn HTTP/3 off in the program"
+    ),
     # uprobes
     "ring_full_bytes": _Loss("byte", "lost: the capture buffer was full"),
     "copy_failed_bytes": _Loss("byte", "that the kernel could not copy"),
@@ -64,6 +68,9 @@ _LOSSES = {
     "process_ring_full": _Loss("message", "about processes lost: the buffer was full"),
     "heads_without_host": _Loss("request", "without a host"),
     "http2_without_name": _Loss("HTTP/2 connection", "to an unknown host"),
+    "processes_ahead_of_probes": _Loss(
+        "program", "started before probes: first requests may be missing", "restart it"
+    ),
     "not_http": _Loss("connection", "that is not HTTP"),
     "files_over_limit": _Loss("program file", "without probes: too many files"),
     # metering and the store
@@ -87,6 +94,7 @@ _FAULTS = {
     "tls_records_unreadable_": _Loss("part", "of TLS connections not read"),
     "exchange_unreadable_": _Loss("request", "not read"),
     "limits_unreadable_": _Loss("answer", "of which the limits were not read"),
+    "pricing_": _Loss("request", "not priced"),
 }
 
 
@@ -136,3 +144,15 @@ def losses_in_words(losses: Mapping[str, int]) -> list[tuple[str, str]]:
                 fault = f"a fault of Halton Meter ({cause.removeprefix(begin)})"
                 said.append((f"{count(number, loss.noun)} {loss.what}: {fault}", ""))
     return said
+
+
+def loss_lines(losses: Mapping[str, int]) -> list[str]:
+    """All of them for `status` and `run`, with the names that docs/troubleshooting.md has."""
+    lines, others = [], []
+    for cause, number in losses.items():
+        words = losses_in_words({cause: number})
+        for what, fix in words:
+            lines.append(f"  {what} ({cause}){f'; {fix}' if fix else ''}")
+        if number and not words:
+            others.append(f"{cause} {number:,}")
+    return lines + ([f"  other counters: {', '.join(others)}"] if others else [])

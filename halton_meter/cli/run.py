@@ -18,7 +18,12 @@ import click
 
 from halton_meter.budget import END, STOP
 from halton_meter.cli.coverage import coverage_lines, losses_beside
-from halton_meter.cli.losses import is_capture_loss, other_calls_in_words, sightings_in_words
+from halton_meter.cli.losses import (
+    is_capture_loss,
+    loss_lines,
+    other_calls_in_words,
+    sightings_in_words,
+)
 from halton_meter.cli.money import Dollars
 from halton_meter.cli.named import FilePath
 from halton_meter.cli.output import (
@@ -465,7 +470,7 @@ def _troubles(result: RunResult) -> list[str]:
     lines += [f"  {line}" for line in _other_users_lines(losses)]
     losses = {cause: n for cause, n in losses.items() if cause not in _OTHER_USERS}
     lost = {cause: n for cause, n in losses.items() if is_capture_loss(cause)}
-    lines += [f"  lost: {cause.replace('_', ' ')} {n:,}" for cause, n in lost.items()]
+    lines += loss_lines(lost)
     lines += [f"  {line}" for line in server_lines(result.not_followed)]
     lines += _still_running_lines(result)
     said = unmetered_lines(result.unmetered, PROCESSES_SHOWN)

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from halton_meter.cli.coverage import coverage_lines, losses_beside, ratio_line
-from halton_meter.cli.losses import other_calls_in_words, sightings_in_words
+from halton_meter.cli.losses import loss_lines, other_calls_in_words, sightings_in_words
 from halton_meter.cli.output import (
     count,
     duration_text,
@@ -244,7 +244,7 @@ def _restart_lines(found: Mapping[str, Any], otherwise: str) -> list[str]:
 def _loss_lines(found: Mapping[str, Any]) -> list[str]:
     losses: dict[str, int] = found["losses"] or {}
     losses = losses_beside(losses, _connections(found))
-    lines = [f"  lost: {cause.replace('_', ' ')} {lost:,}" for cause, lost in losses.items()]
+    lines = loss_lines(losses)
     for outage in found["outages"][-OUTAGES_SHOWN:]:
         between = f"{_time(outage['from'])} to {_time(outage['to'])}"
         lines.append(f"  outage: {between}: {outage['cause']}")

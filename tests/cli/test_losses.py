@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from capture.protocol import EVENT_LOSS_CAUSES, LOSS_CAUSES
 from halton_meter.cli import main
-from halton_meter.cli.losses import losses_in_words
+from halton_meter.cli.losses import loss_lines, losses_in_words
 from halton_meter.store import Store
 from tests.support.made import NOON_NS, made
 
@@ -74,3 +74,13 @@ def test_a_report_of_connections_past_the_proxy_speaks_of_no_loss(
         store.count_loss("unmetered_stopped", 2, NOON_NS)
         store.flush()
     assert "Capture losses" not in CliRunner().invoke(main, ["report"]).stdout
+
+
+def test_losses_stand_in_words_with_their_names_and_fixes() -> None:
+    losses = {"ring_full_bytes": 1, "processes_ahead_of_probes": 2, "hpack_lost": 3, "none": 0}
+    assert loss_lines(losses) == [
+        "  1 byte lost: the capture buffer was full (ring_full_bytes)",
+        "  2 programs started before probes: first requests may be missing "
+        "(processes_ahead_of_probes); restart it",
+        "  other counters: hpack_lost 3",
+    ]

@@ -142,7 +142,7 @@ def test_a_run_shows_outages_losses_and_what_was_not_metered() -> None:
     assert summary_lines(metered)[1:] == [
         "  1 incomplete (bytes lost)",
         "  outage: nothing metered for 2.5 s: the capture helper died",
-        "  lost: ring full bytes 1,234",
+        "  1,234 bytes lost: the capture buffer was full (ring_full_bytes)",
         "  not metered: /usr/bin/codex (rustls); destination unknown",
         "    use the proxy",
         "  /usr/bin/both may be only partly metered:",
@@ -247,7 +247,7 @@ def test_status_for_people() -> None:
         "  3 requests since the last restart from 4,096 bytes of plaintext, $0.5 list price",
         "  data folder /h; 1 event waits in the journal",
         "  restarted 1 time: see the outages",
-        "  lost: ring full bytes 7",
+        "  7 bytes lost: the capture buffer was full (ring_full_bytes)",
         "  outage: 2026-11-23 09:30:05 UTC to 2026-11-23 09:31:00 UTC: C",
         "processes that talk to providers:",
         "        5 metered         /usr/bin/curl (openssl) -> api.x.ai",
@@ -309,7 +309,7 @@ def test_status_of_the_proxy_tells_what_went_by_unmetered_and_what_to_do() -> No
         "  /usr/bin/java does not trust the proxy certificate for api.x.ai; "
         "its traffic is not metered",
         "    halton-meter init, then restart that program",
-        "  lost: flows over limit 1",
+        "  1 request not followed: too many at once (flows_over_limit)",
         "  outage: 2026-11-23 09:30:05 UTC to 2026-11-23 09:31:00 UTC: C",
     ]
 
