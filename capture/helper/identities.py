@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -42,6 +42,7 @@ ARGUMENT_BYTES_MAX = 4 << 20  # of all that is remembered: one process may have 
 LIVES_MAX = 8192  # of all pids
 # How long a life is kept that another has followed: its connections lie in the ring, until then.
 LIFE_KEPT_NS = 30_000_000_000
+ENDED_KEPT_S = 5.0
 LIVES_OF_ONE_MAX = 64  # in that time: a shell that becomes `env` that becomes the client, and so on
 HEAD_BYTES = 256  # of a program: the kernel reads as much of its first line
 _NEVER = float("-inf")
@@ -84,6 +85,7 @@ class Identities:
         self._lives: OrderedDict[int, list[_Life]] = OrderedDict()
         self._count = 0
         self._added_bytes = 0  # since it was last counted what all have
+        self._ended: deque[tuple[float, int, int]] = deque(maxlen=LIVES_MAX)
 
     def executed(self, record: Record, cwd: str | None = None) -> None:
         """A process runs another program now, in that directory if it is known."""
@@ -235,7 +237,16 @@ class Identities:
         self._count -= len(lives)
 
     def forget(self, pid: int, before_ns: int) -> None:
-        """What it ran until then has ended; a program that it ran later is not forgotten."""
+        """What it ran until then has ended; a program that it ran later is not forgotten.
+
+        It is kept for a moment: a fork of it may be heard of only now, and be gone as well.
+        """
+        now = time.monotonic()
+        self._ended.append((now, pid, before_ns))
+        while self._ended and self._ended[0][0] <= now - ENDED_KEPT_S:
+            self._drop_ended(*self._ended.popleft()[1:])
+
+    def _drop_ended(self, pid: int, before_ns: int) -> None:
         known = self._lives.get(pid, [])
         lives = [life for life in known if life.since_ns > before_ns]
         self._count -= len(known) - len(lives)

@@ -100,8 +100,9 @@ def test_no_arguments_at_all() -> None:
     assert process_as_executed(executed("curl", cut=0)).argv == (REDACTED,)
 
 
-def test_a_connection_belongs_to_the_program_that_made_it() -> None:
+def test_a_connection_belongs_to_the_program_that_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shell that becomes a client, which becomes another."""
+    monkeypatch.setattr(identity, "ENDED_KEPT_S", 0.0)
     identities = Identities()
     for at_ns, name in ((100, "sh"), (200, "env"), (300, "curl")):
         identities.executed(executed(name, at_ns=at_ns, path=f"/no/{name}"))
@@ -195,6 +196,7 @@ def test_lives_long_over_are_dropped_without_being_missed() -> None:
 
 def test_all_lives_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identity, "LIVES_MAX", 10)
+    monkeypatch.setattr(identity, "ENDED_KEPT_S", 0.0)
     identities = Identities()
     for n in range(30):
         identities.executed(executed("cat", pid=NOBODY + n // 4, at_ns=100 + n))
@@ -382,6 +384,7 @@ def test_a_fork_of_a_process_that_is_gone_too_is_what_the_kernel_told_of_that(
     [(program, record)] = world.connections[:1]
     assert isinstance(record, Record)
     birth = Birth(record.at_ns, PID, 0)
+    world.identities.forget(PID, record.at_ns)  # it has ended, and is heard of first
     found = world.identities.of(PID + 1, at_ns=record.at_ns + STEP_NS, birth=birth)
     assert found is not None
     assert (found.pid, found.argv, found.parents[0][0]) == (PID + 1, (program,), PID)
