@@ -98,7 +98,7 @@ def get(key: str | None, as_json: bool) -> None:
         wanted = config_file.keys_of(key)
         rows = [row for row in rows if row[0][: len(wanted)] == wanted]
         if not rows:
-            _refuse_unknown(wanted, document)
+            _refuse_unknown(wanted)
     if as_json:
         print_json({"file": str(home / CONFIG_NAME), "settings": [_as_json(row) for row in rows]})
     elif key is not None and len(rows) == 1 and rows[0][0] == config_file.keys_of(key):
@@ -186,7 +186,7 @@ def _shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _refuse_unknown(keys: tuple[str, ...], document: Any) -> None:
+def _refuse_unknown(keys: tuple[str, ...]) -> None:
     """End the command: no setting has this name. One of a table that is just empty is none, too."""
     from halton_meter.toml_file import nearest
 
@@ -310,6 +310,8 @@ def unset(key: str) -> None:
             found.append(keys)
 
     done = config_file.change(home, apply)
+    if not found and keys[0] not in (each.name for each in fields(Config)):
+        _refuse_unknown(keys)
     if not found:
         say(f"{_dotted(keys)} is not set in {done.path}")
         return

@@ -130,6 +130,9 @@ def test_unset_takes_the_table_with_it_that_is_empty_then(home: Path) -> None:
     assert "removed from" in done.stdout
     assert text_of(home) == "retention_days = 7\n"
     assert "is not set in" in config("unset", "hosts.llm.example.com").stdout
+    unknown = config("unset", "retention_dais")
+    assert unknown.exit_code == 2
+    assert "there is no setting retention_dais; did you mean retention_days?" in unknown.stderr
 
 
 def test_get_says_where_each_value_comes_from(home: Path) -> None:
