@@ -84,6 +84,7 @@ class LiveCapture:
         self._dropped = 0
         self._link = link
         self._missing = missing
+        self._wanted = wanted
         self._clock = clock
         self._buffer = bytearray()
         self._ready: deque[TlsChunk | TlsClosed] = deque()
@@ -99,7 +100,6 @@ class LiveCapture:
             self._hello,
             lambda *_: None,  # connections that are older than the capture
             self._pass_by,
-            keeping is not None,
         )
         # By what the sniffer calls a connection (`sniffer.MUTED_BYTES`).
         self._passed: OrderedDict[bytes, int] = OrderedDict()
@@ -232,10 +232,18 @@ class LiveCapture:
 
     def _give(self, item: TlsChunk | TlsClosed) -> None:
         self._ready.append(item)
-        hello = self._hellos.pop(item.connection.id, None)
-        if hello is not None and self._keeping is not None and isinstance(item, TlsChunk):
+        if self._keeping is None or not isinstance(item, TlsChunk):
+            return
+        if (name := item.connection.peer) is not None and self._wanted(name):
+            self.keep(item.connection.id)
+
+    def keep(self, connection_id: str) -> None:
+        """Record a connection, of which a request tells that it is wanted: its server's name does
+        not, or is not known."""
+        hello = self._hellos.pop(connection_id, None)
+        if hello is not None and self._keeping is not None:
             key, random = hello
-            self._keeping.keep(key, self._keys.lines_of(random))
+            self._keeping.keep(key, self._keys.lines_of(self._keys.inner(random)))
 
     def _quic_opened(self, addresses: bytes, random: bytes) -> None:
         if len(addresses) == _IPV4_ADDRESSES_BYTES:

@@ -89,6 +89,8 @@ class Meter:
         on_answer: Callable[[Exchange], None] | None = None,
     ) -> None:
         self._on_request, self._on_answer = on_request, on_answer
+        # Told the id of a connection on which a provider was asked for anything, with each request.
+        self.on_asked: Callable[[str], object] | None = None
         self._price = price
         self._attribute = attribute
         self._registry = registry if registry is not None else Registry()
@@ -219,8 +221,11 @@ class Meter:
 
     def _interest(self, request: Request) -> Interest:
         keep, turn_ends = self._registry.interest_for(request)
-        if not keep and self._registry.of_host(request.host):
+        is_asked = keep or bool(self._registry.of_host(request.host))
+        if is_asked and not keep:
             self.other_calls += 1
+        if is_asked and self.on_asked is not None:
+            self.on_asked(self._latest)
         return Interest(keep, turn_ends)
 
     def _make_room(self, at_ns: int) -> list[PricedEvent]:

@@ -298,3 +298,20 @@ def test_an_event_says_why_it_is_incomplete_exactly_when_it_is(
     for event in events:
         assert (event.usage.gap is not None) == (event.usage.outcome is Outcome.GAPPED)
         assert event_json(event)["gap"] == event.usage.gap
+
+
+def test_who_asks_a_provider_is_told_by_connection() -> None:
+    """With each request, of whatever kind; nothing is told of other hosts."""
+    meter = Meter(book().price)
+    told: list[str] = []
+    meter.on_asked = told.append
+    for name, path, host in (
+        ("one", "/v1/messages", HOST),
+        ("two", "/v1/messages", "www.example.org"),
+        ("three", "/v1/models", HOST),
+        ("one", "/v1/messages", HOST),
+    ):
+        data = request(path, host)
+        offset = len(data) * told.count(name)
+        meter.receive(TlsChunk(connection(name), Direction.SENT, offset, data, len(data), AT_NS))
+    assert told == ["one", "three", "one"]

@@ -54,6 +54,7 @@ class KeyLog:
         # A handshake's secrets in one string, each behind its label's number and its length: a
         # dictionary for every handshake would take four times the memory.
         self._secrets: dict[bytes, bytes] = {}
+        self._inner: dict[bytes, bytes] = {}  # by the random of the hello around it
         self._count = 0
         self.refused = 0
         self.seen = 0  # handshakes so far, those that were forgotten included
@@ -102,6 +103,7 @@ class KeyLog:
         if not self._forgets or oldest == kept:
             return False
         self._count -= sum(1 for _ in _secrets_of(self._secrets.pop(oldest)))
+        self._inner.pop(oldest, None)
         return True
 
     def secret(self, client_random: bytes, label: str) -> bytes | None:
@@ -126,9 +128,14 @@ class KeyLog:
         secrets = _secrets_of(self._secrets.get(client_random, b""))
         return b"".join(_line(number, client_random, secret) for number, secret in secrets)
 
+    def inner(self, client_random: bytes) -> bytes:
+        """The random of the hello that is hidden in this one; its own where none is."""
+        return self._inner.get(client_random, client_random)
+
     def also(self, client_random: bytes, other: bytes) -> None:
-        """One handshake's secrets are those of another hello, too."""
+        """One handshake's secrets are those of another hello, too, in which its own is hidden."""
         lines = self.lines_of(client_random)
+        self._inner[other] = client_random
         self.add(lines.replace(client_random.hex().encode(), other.hex().encode()))
 
     def lines(self) -> Iterator[bytes]:

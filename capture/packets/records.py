@@ -141,7 +141,6 @@ class Live:
     the connection is wanted. `hello` is told the random of a connection's ClientHello; keys follow.
     `without_keys` is told of connections that began before and have none, with the host.
     `passed_by` is told how many bytes of a server, by address and client's port, are not read.
-    `keeps`: what is read is kept as well, so nothing is whose server's name is hidden.
     """
 
     source: Source
@@ -149,7 +148,6 @@ class Live:
     hello: Callable[[Flow, bytes], None]
     without_keys: Callable[[Connection, str], None]
     passed_by: Callable[[str, int, int], None]
-    keeps: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -452,8 +450,7 @@ class TcpConnections:
         has_keys = hello.random in self._keys
         keys.may_be_outer = hello.may_be_outer and not has_keys
         unwanted = name is not None and self._wanted is not None and not self._wanted(name)
-        keeps = self._live is not None and self._live.keeps
-        keys.is_unwanted = unwanted and keys.may_be_outer and not keeps
+        keys.is_unwanted = unwanted and keys.may_be_outer
         if self._live is None and not has_keys and not keys.may_be_outer:
             self._no_keys(tcp, name or tcp.server)
             self._ignore(tcp)

@@ -11,17 +11,18 @@ from __future__ import annotations
 import os
 import ssl
 import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 
-from halton_meter.model import TlsChunk, TlsClosed
+from halton_meter.model import Request, TlsChunk, TlsClosed
 from halton_meter.providers.registry import Registry
 from halton_meter.redaction import conversation, proof, writing
-from halton_meter.redaction.conversation import Conversations
+from halton_meter.redaction.conversation import Conversations, Heard
 from halton_meter.redaction.filler import Filler
 from halton_meter.redaction.heads import shown_host
+from halton_meter.wire.conversation import NOT_WANTED, Conversation, Interest
 
 # Plaintext of one capture, all of which is held.
 PLAINTEXT_BYTES_MAX = 256 << 20
@@ -68,12 +69,14 @@ def redact(
     found = heard.with_plaintext()
     if not found:
         raise NotRedacted(_nothing(old))
-    filler = Filler(proof.known(Registry(dict(hosts or {})), hosts or {}))
+    is_known = proof.known(Registry(dict(hosts or {})), hosts or {})
+    filler = Filler(is_known)
 
     def shown(host: str) -> str:
         return shown_host(host.encode(), filler).decode()
 
     for each in found:
+        _name(each, is_known)
         conversation.redact(each, filler)
     with tempfile.TemporaryDirectory(prefix=".halton-meter-", dir=target.parent) as folder:
         made = Path(folder) / "redacted.pcapng"
@@ -98,6 +101,26 @@ def redact(
         tuple(sorted({host for event in new.events if (host := event.usage.host)})),
         sum(old.findings.without_keys.values()),
     )
+
+
+def _name(heard: Heard, is_known: Callable[[str], bool]) -> None:
+    """Where the server's name was hidden (ECH) it is the host that is asked: the new file shows it,
+    as its reader has to know the connection for a provider's."""
+    connection = heard.connection
+    if connection.peer is None or is_known(connection.peer):
+        return
+    asked: list[str] = []
+
+    def ask(request: Request) -> Interest:
+        asked.extend(host for host in (request.host,) if host and is_known(host))
+        return NOT_WANTED
+
+    talk = Conversation(connection, ask)
+    for item in heard.items:
+        if isinstance(item, TlsChunk):
+            talk.receive(item)
+    if asked:
+        heard.connection = replace(connection, peer=asked[0])
 
 
 def _nothing(old: proof.Read) -> str:

@@ -16,6 +16,7 @@ import pytest
 from capture import sniffer
 from capture.live_capture import LiveCapture
 from capture.packets.capfile import CaptureFile, secrets_in
+from capture.packets.keeping import Keeping
 from capture.packets.tcp import _network_layer
 from capture.pcap import PcapSource
 from halton_meter.model import Direction, TlsChunk, TlsClosed
@@ -57,12 +58,15 @@ def said(items: Iterable[TlsChunk | TlsClosed], *, joined: bool = False) -> Said
 
 
 def live(
-    path: Path, keys: Path, wanted: Callable[[str], bool] = lambda host: True
+    path: Path,
+    keys: Path,
+    wanted: Callable[[str], bool] = lambda host: True,
+    keeping: Keeping | None = None,
 ) -> tuple[list[TlsChunk | TlsClosed], LiveCapture]:
     """What a live capture makes of a recorded one, and what it counted."""
     keys.write_bytes(b"".join(bytes(text) + b"\n" for text in secrets_in(path, _Ignored(), 100)))
     ours, its = socket.socketpair()
-    source = LiveCapture(its, [keys], wanted, lambda *_: None, lambda *_: None, lambda: 0)
+    source = LiveCapture(its, [keys], wanted, lambda *_: None, lambda *_: None, lambda: 0, keeping)
     items: list[TlsChunk | TlsClosed] = []
     file = CaptureFile(path)
     for frame in file.frames():

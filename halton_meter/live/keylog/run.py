@@ -139,6 +139,8 @@ class _Metering:
             udp_owner=self._owners.find_udp,
             quic=self._miss_quic,
         )
+        if keeping is not None:
+            self._meter.on_asked = self._source.keep
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="metering", daemon=True)
         self._guessed: dict[str, Connection] = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from capture.packets import tls
+from capture.packets.keeping import CaptureWriter, Keeping
 from capture.pcap import PcapSource
 from halton_meter.model import TlsChunk
 from tests.capture.test_live_parity import live, said
@@ -106,6 +107,30 @@ def test_the_name_that_is_seen_need_not_be_a_providers(path: Path, tmp_path: Pat
     assert source.findings.not_wanted == 0
     items, _ = live(changed, tmp_path / "keys.log", wanted)
     assert said(items) == expected
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_it_is_kept_once_a_request_says_whose_it_is(is_asked: bool, tmp_path: Path) -> None:
+    """With the secrets of the hello inside: by those of the other it would be nobody's."""
+    path = SAMPLES[0]
+    hello = tls.client_hello(hello_of(path.read_bytes())[1])
+    assert hello is not None
+    assert hello.server_name is not None
+    own = hello.server_name
+
+    def wanted(name: str) -> bool:
+        return name == own
+
+    changed, kept = tmp_path / path.name, tmp_path / "kept.pcapng"
+    changed.write_bytes(behind(outer(path.read_bytes()), own.encode()))
+    keeping = Keeping(CaptureWriter(kept))
+    items, source = live(changed, tmp_path / "keys.log", wanted, keeping)
+    if is_asked:
+        source.keep(items[0].connection.id)
+    keeping.close()
+    again = list(PcapSource([kept], wanted=wanted).items())
+    assert said(again) == (said(items) if is_asked else {})
+    assert keeping.connections == is_asked
 
 
 @pytest.mark.parametrize("keys", ["of the hello that is seen", "none"])

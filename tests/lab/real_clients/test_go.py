@@ -175,3 +175,32 @@ def test_a_server_s_name_that_only_the_server_sees_hides_nothing(
     events = [json.loads(line) for line in told.splitlines()]
     assert [event["tokens"]["input"] for event in events] == [10, 20, 30]
     assert {(event["host"], event["source"]) for event in events} == {("api.anthropic.com", way)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redact", [False, True])
+def test_such_a_connection_is_recorded_and_no_other_of_that_name(
+    lab: Lab, tmp_path_factory: pytest.TempPathFactory, redact: bool
+) -> None:
+    """Its request says whose it is; what goes to another host behind the same name is left out."""
+    used = toolchain(TOOLCHAINS[-1])
+    home = tmp_path_factory.mktemp("hidden")
+    program, capture = home / "client", home / "it.pcapng"
+    used.run(Path("go_ech"), "build", "-o", str(program), ".", CGO_ENABLED="0")
+    asked = [
+        f"{program} 127.0.0.9:443 {host} cloudflare-ech.com $SSLKEYLOGFILE"
+        for host in ("api.anthropic.com", "www.example.org")
+    ]
+    environment = lab.environment(HALTON_METER_HOME=str(home))
+    options = ["--redact"] if redact else []
+    command = ["sh", "-c", f"{asked[0]} && {asked[1]}; sleep 1"]
+    record = [*HALTON_METER, "record", str(capture), *options, "--", *command]
+    done = lab.run(record, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "hidden: true" in done.stdout
+    assert "1 connection" in done.stderr, done.stderr
+    told = lab.run([*HALTON_METER, "replay", "--json", str(capture)], env=environment).stdout
+    lines = [json.loads(line) for line in told.splitlines()]
+    events = [line for line in lines if "tokens" in line]
+    assert [event["tokens"]["input"] for event in events] == [10, 20, 30]
+    assert {event["host"] for event in events} == {"api.anthropic.com"}
