@@ -40,6 +40,8 @@ IDLE_CHILD_S = 30.0
 CPU_BURST_S, CPU_SHARE = 60.0, 0.25
 """What all files of one owner that are run may cost at once, and of one CPU in the long run; what
 is only installed has as much again, and never takes of it."""
+CPU_OF_CHILD_S_MAX = 40.0
+"""What a child may use before the kernel ends it (`finder/process.py`)."""
 NICE_URGENT = -5
 """Of a search for which a process of a run stands still: some seconds at most."""
 OWNERS_MAX = 256
@@ -296,7 +298,8 @@ class Searches:
             if not text or text == finder_protocol.LAST:
                 if not text and child.given:
                     # Of the dead the kernel counts no more what it took: at most all that it had.
-                    self._charge(child.owner, child.lane, now - child.since)
+                    most_s = min(now - child.since, CPU_OF_CHILD_S_MAX)
+                    self._charge(child.owner, child.lane, most_s)
                 yield from self._ended(child, blamed=not text)
                 return
             if child.given:
