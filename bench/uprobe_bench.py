@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from capture import helper_process
-from capture.helper.main import REPORT_S
+from capture.helper.loop import REPORT_S
 from halton_meter.live.control import Control
 from halton_meter.live.journal_writer import FLUSH_AFTER_S
 from halton_meter.live.probes.job import Job

@@ -8,9 +8,9 @@
         meter.receive(item)
 
 The way of a byte: `sniffer.py`, a process of its own, sends packets over `link`; `packets/tcp.py`
-puts connections together, `records.py` cuts records, `awaiting.py` keeps them until `key_files.py`
-has found their keys, and decrypts; `packets/quic_connections.py` does the same for QUIC. What was
-there before is not read.
+puts connections together, `tcp_connections.py` says which are read, `records.py` cuts records,
+`awaiting.py` keeps them until `key_files.py` has found their keys, and decrypts;
+`packets/quic_connections.py` does the same for QUIC. What was there before is not read.
 Memory is bounded by the limits of those files. One thread; no clock but for the keys' patience.
 """
 
@@ -30,12 +30,13 @@ from pathlib import Path
 
 from capture import sniffer
 from capture.packets.awaiting import AwaitingKeys
+from capture.packets.findings import Findings
 from capture.packets.keeping import Keeping
 from capture.packets.key_files import KeyFiles
 from capture.packets.keylog import KeyLog
 from capture.packets.quic_connections import QuicConnections
-from capture.packets.records import Findings, Live, TcpConnections
 from capture.packets.tcp import FLOWS_MAX, Flow, Reassembly
+from capture.packets.tcp_connections import Live, TcpConnections
 from halton_meter.model import Connection, Process, Source, TlsChunk, TlsClosed
 from halton_meter.problem import Problem, Unavailable
 

@@ -5,14 +5,14 @@
         meter.receive(item)
     source.findings
 
-The way of a byte: `capfile.py` reads frames, `tcp.py` puts connections together, `records.py`
-cuts TLS records and hands whole ones to `tshark.py`, which decrypts. A connection goes on from one
-file to the next where a recorder has changed files. This file refuses to know what is in them.
+The way of a byte: `capfile.py` reads frames, `tcp.py` puts connections together,
+`tcp_connections.py` says which are read, `records.py` cuts TLS records and hands whole ones to
+`tshark.py`, which decrypts. A connection goes on from one file to the next where a recorder has
+changed files. This file refuses to know what is in them.
 
 What it cannot do: QUIC (counted); TLS 1.2 with CBC suites after a hole; a connection joined in
 its middle under TLS 1.2 (its keys depend on the hellos). All of it is counted.
-Memory is bounded by the limits named here, in `records.py` and in `tcp.py`, whatever the
-capture's size.
+Memory is bounded by the limits named here and in these files, whatever the capture's size.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from capture.packets.capfile import CaptureFile, Frame, NotACapture, secrets_in
+from capture.packets.findings import Findings
 from capture.packets.input_files import UNPACK_RATIO_MAX
 from capture.packets.keylog import KeyLog, read_key_log
-from capture.packets.records import Findings, TcpConnections
 from capture.packets.tcp import Datagram, Reassembly
+from capture.packets.tcp_connections import TcpConnections
 from capture.packets.tshark import Decryptors, PrivateKeyLog, TsharkMissing, find_tshark
 from halton_meter.model import Source, TlsChunk, TlsClosed
 

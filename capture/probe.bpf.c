@@ -590,7 +590,7 @@ HASH(paused, u32, u64, PAUSING_MAX);
 /* Connections that are metered. Key: SSL object (Go: *Conn) and process. Value: host, offsets, flags.
  * `admit` adds, entry and return programs move the offsets on, `close_connection` drops. User space
  * reads it for connections that it has to end or announce, and drops those of processes that have
- * exited (helper/main.py). */
+ * exited (helper/connections.py). */
 HASH(connections, struct key, struct connection, CONNECTIONS_MAX);
 
 /* Connections that are not, so that each is judged once. Key: as above. Value: a `denied_as`, or Go's

@@ -2,9 +2,10 @@
 
 `UprobeSource` yields `TlsChunk` and `TlsClosed`. It refuses to parse the plaintext, to load BPF
 or to read `/proc`: `helper/main.py` does the last two as root, in another process, and sends frames
-(`protocol.py`) over a socket. A receipt (`spool.py`) records how far it has got, so that the next
-reader begins there; with a supervisor the source goes on at the next helper when one dies. Read
-`probe.bpf.c` for what is copied at all, `functions/stacks.py` for what is attached.
+(`protocol.py`) over a socket. Here are the link and what goes over it: commands, answers, reports.
+Frames of connections are `open_connections.py`'s; how far we have got, so that the next reader
+begins there, is `progress.py`'s. With a supervisor the source goes on at the next helper when one
+dies. Read `probe.bpf.c` for what is copied at all, `functions/stacks.py` for what is attached.
 """
 
 from __future__ import annotations
@@ -14,14 +15,11 @@ import select
 import socket
 import subprocess
 import time
-from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 from capture import protocol
 from capture.environment import USE_PROXY, check_environment
-from capture.helper.relay.spool import SPOOL_BYTES, Key, Receipt
 from capture.helper_process import (
     KNOWN_FILES_DIRECTORY,
     Scope,
@@ -37,25 +35,13 @@ from capture.helper_report import (
     parsed_coverage,
     parsed_status,
 )
-from capture.processes import proc
-from halton_meter.model import (
-    Connection,
-    Direction,
-    Process,
-    Source,
-    TlsChunk,
-    TlsClosed,
-)
+from capture.open_connections import OpenConnections
+from capture.progress import Progress
+from halton_meter.model import TlsChunk, TlsClosed
 from halton_meter.problem import Problem, Unavailable
 
-CLOSED_MAX = 4096  # connections remembered after their end: more than a batch of frames can close
-# How far back an exchange that is not over may keep the spool from being freed. A longer one would
-# be `gapped` should the reader be killed in it.
-OPEN_BYTES_MAX = SPOOL_BYTES // 4
-SHUTDOWN_GRACE_S = 0.25  # after SSL_shutdown a client may still read what is under way
 RECEIVE_BYTES = 1 << 20
 DRAINED_AT_ONCE = 256  # events, of 16 KiB at most
-_DIRECTIONS = (Direction.SENT, Direction.RECEIVED)
 
 
 def _is_readable(link: socket.socket, wait_s: float | None) -> bool:
@@ -64,35 +50,6 @@ def _is_readable(link: socket.socket, wait_s: float | None) -> bool:
     poll = select.poll()
     poll.register(link, select.POLLIN)
     return bool(poll.poll(None if wait_s is None else wait_s * 1000))
-
-
-@dataclass(slots=True)
-class _OpenConnection:
-    """A connection as its frames come in. `expected` is the next offset by direction, -1 until the
-    first chunk of a connection that another reader had before: it may begin in the middle."""
-
-    connection: Connection
-    clock_ns: int
-    expected: list[int]
-    announced_at: int | None = None  # in the spool, until its first chunk is here
-
-    def begin(self, direction: int, offset: int) -> None:
-        """Its first chunk: what comes before the client's first byte was another reader's."""
-        if direction == 0 and offset == 0:
-            self.expected = [0, 0]
-        else:
-            self.connection = replace(self.connection, joined=True)
-            self.expected[direction] = offset
-
-
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    """Where in the spool an event stood that was handed out."""
-
-    connection_id: str
-    key: Key
-    start: int
-    end: int
 
 
 class UprobeSource:
@@ -140,15 +97,8 @@ class UprobeSource:
         self._resumable = resumable
         self._helper: subprocess.Popen[bytes] | None = None
         self._frames = protocol.FrameBuffer()
-        self._events: deque[TlsChunk | TlsClosed] = deque()
-        self._processes: dict[Key, tuple[Process, int]] = {}  # and where the spool announces it
-        self._streams: dict[tuple[int, int, int], _OpenConnection] = {}
-        self._latest: dict[tuple[int, int], tuple[int, int, int]] = {}
-        # What comes twice (a helper dies between sending records and freeing them in the ring) or
-        # late (a read that ends after the close) must not begin a closed connection anew: an
-        # exchange without an id of the provider's would count twice.
-        self._closed: OrderedDict[tuple[int, int, int], None] = OrderedDict()
-        self._closing: dict[tuple[int, int, int], tuple[float, int]] = {}
+        self._progress = Progress()
+        self._open = OpenConnections(self._progress)
         self._replies: dict[int, dict[str, Any]] = {}
         self._problems: tuple[Problem, ...] = ()
         self._report: dict[str, Any] = {}
@@ -156,19 +106,6 @@ class UprobeSource:
         self._connections: list[Connections] = []
         self._number = 0
         self._ended = False
-        # In the spool: where the last frame ended that was taken (None: not in the spool yet), and
-        # what a reader before us had dealt with.
-        self._position: int | None = None
-        self._frame_at = 0
-        self._receipt: Receipt | None = None
-        self._done_before = 0
-        self._open_before: dict[Key, int] = {}
-        self._stale_until = 0
-        # What was handed out and is not dealt with, and since where each open exchange needs it.
-        self._marks: deque[_Mark] = deque()
-        self._handed_out: deque[_Mark] = deque()
-        self._open_since: dict[Key, int] = {}
-        self._done = 0
         self.lost_between_readers_bytes = 0
 
     # --- life ---------------------------------------------------------------------------------
@@ -187,25 +124,21 @@ class UprobeSource:
     def _begin(self, timeout_s: float) -> None:
         """Say where we want to read from: where we were, or where a reader before us got to."""
         deadline = time.monotonic() + timeout_s
-        self._position = None  # until it answers, nothing that comes is the spool's
-        while self._receipt is None:
+        self._progress.await_beginning()
+        while not self._progress.has_receipt:
             self._check(deadline)
             self._receive_hello(max(0.0, deadline - time.monotonic()))
-        wanted = self._frame_at
-        if wanted == 0:
-            self._done_before, self._open_before = self._receipt.read()
-            wanted = min([self._done_before, *self._open_before.values()])
+        wanted = self._progress.wanted()
         answer = self._ask({"do": "read", "from": wanted}, timeout_s)
         if answer["from"] != wanted:
             self.lost_between_readers_bytes += max(0, answer["from"] - wanted)
 
     def _take_beginning(self, reply: dict[str, Any]) -> None:
         """From here on every byte is the spool's."""
-        position, self._stale_until = int(reply["from"]), int(reply["until"])
-        if self._frame_at not in (0, position):  # another spool, or not all of this one
-            for key in list(self._streams):
-                self._close(key, time.monotonic_ns(), clean=False)
-        self._position = self._frame_at = position
+        position, stale_until = int(reply["from"]), int(reply["until"])
+        if not self._progress.goes_on_at(position):  # another spool, or not all of this one
+            self._open.end_all()
+        self._progress.begin(position, stale_until)
 
     @property
     def linked(self) -> bool:
@@ -226,33 +159,12 @@ class UprobeSource:
         `is_open` answers for a connection's id whether an exchange on it is still under way: the
         spool keeps the frames of that one for the next reader.
         """
-        touched: dict[Key, str] = {}
-        for _ in range(min(count, len(self._handed_out))):
-            mark = self._handed_out.popleft()
-            self._open_since.setdefault(mark.key, mark.start)
-            touched[mark.key] = mark.connection_id
-            self._done = mark.end
-        for key, connection_id in touched.items():
-            if not is_open(connection_id):
-                del self._open_since[key]
-        self._acknowledge()
+        self._progress.processed(count, is_open)
 
     def is_repeated(self, index: int) -> bool:
         """Whether a reader before us has stored what comes of an event, counted from the oldest
         that is not dealt with: we only read it for what follows on its connection."""
-        return self._handed_out[index].end <= self._done_before
-
-    def _acknowledge(self) -> None:
-        """Write into the receipt how far we are."""
-        if not self._handed_out and not self._events and self._position is not None:
-            self._done = self._position  # what came since is nothing that has to be kept
-        while self._open_since:
-            key, since = next(iter(self._open_since.items()))
-            if self._done - since <= OPEN_BYTES_MAX:
-                break
-            del self._open_since[key]  # kept anew from its next frame on
-        if self._receipt is not None:
-            self._receipt.write(self._done, self._open_since)
+        return self._progress.is_repeated(index)
 
     def stop(self, *, wait: bool = True) -> None:
         """Tell the helper to end; with `wait`, it has ended on return. Safe to call twice.
@@ -267,9 +179,7 @@ class UprobeSource:
         with contextlib.suppress(OSError):
             link.sendall(protocol.encode_command({"do": "stop", "id": -1}))
         link.close()
-        if self._receipt is not None:
-            self._receipt.close()
-            self._receipt = None
+        self._progress.drop_receipt()
         if self._helper is not None and wait:
             end_helper(self._helper)
             self._helper = None
@@ -277,7 +187,7 @@ class UprobeSource:
     @property
     def ended(self) -> bool:
         """True when no more events will come: stopped, or the helper died."""
-        return self._ended and not self._events
+        return self._ended and not self._progress.events
 
     @property
     def helper_pid(self) -> int | None:
@@ -296,27 +206,19 @@ class UprobeSource:
         An empty list is a timeout; `ended` is set when the helper is gone.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        if not self._resumable:  # nobody comes after us: what was read is dealt with
-            if self._handed_out:
-                self._done = self._handed_out[-1].end
-            self._handed_out.clear()
-            self._acknowledge()
+        if not self._resumable:
+            self._progress.all_processed()
+        waiting = self._progress.events
         while True:
-            self._close_shut_down()
-            if not self._events and not self._ended:
+            self._open.close_shut_down()
+            if not waiting and not self._ended:
                 self._receive(self._wait_s(deadline))
-                self._close_shut_down()
-            if self._events or self._ended or self._link is None:
+                self._open.close_shut_down()
+            if waiting or self._ended or self._link is None:
                 break
             if deadline is not None and time.monotonic() >= deadline:
                 break
-        events = list(self._events)
-        self._events.clear()
-        self._handed_out.extend(self._marks)
-        self._marks.clear()
-        if not self._handed_out:
-            self._acknowledge()
-        return events
+        return self._progress.hand_out()
 
     def __iter__(self) -> Iterator[TlsChunk | TlsClosed]:
         """Events until `ended`."""
@@ -341,7 +243,7 @@ class UprobeSource:
             while number not in self._replies:
                 self._check(deadline)
                 self._receive(max(0.0, deadline - time.monotonic()))
-                if len(self._events) >= DRAINED_AT_ONCE:
+                if len(self._progress.events) >= DRAINED_AT_ONCE:
                     take(self.read(0))
             del self._replies[number]
         return [*events, *self.read(0)]
@@ -352,13 +254,10 @@ class UprobeSource:
 
         That is what came with the answer to a question, and the end of what was shut down.
         """
-        return 0.0 if self._events or self._paused else self._closing_at()
-
-    def _closing_at(self) -> float | None:
-        return min((at for at, _ in self._closing.values()), default=None)
+        return 0.0 if self._progress.events or self._paused else self._open.closing_at()
 
     def _wait_s(self, deadline: float | None) -> float | None:
-        times = [at for at in (self._closing_at(), deadline) if at is not None]
+        times = [at for at in (self._open.closing_at(), deadline) if at is not None]
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _receive(self, wait_s: float | None) -> None:
@@ -386,34 +285,18 @@ class UprobeSource:
         except OSError:
             data, fds = b"", []
         for fd in fds:
-            self._receipt = Receipt(fd)
+            self._progress.take_receipt(fd)
         if not data:
             self._lose_link()
             return
         self._take_all(data)
 
     def _take_all(self, data: bytes) -> None:
+        progress = self._progress
         for kind, frame in self._frames.feed(data):
-            if self._position is None:
+            if progress.is_news(kind, frame):
                 self._take(kind, frame)
-                continue
-            self._frame_at = self._position
-            self._position += len(frame)
-            if self._is_news(kind, frame):
-                self._take(kind, frame)
-        if self._position is not None:
-            self._frame_at = self._position
-
-    def _is_news(self, kind: int, frame: bytes) -> bool:
-        """Whether it is for us: not dealt with before us, nor an answer to another reader."""
-        if kind in (protocol.REPLY, protocol.PROBLEM):
-            return self._frame_at >= self._stale_until
-        if self._frame_at >= self._done_before or kind in (protocol.OPEN, protocol.PROCESS):
-            return True
-        if kind not in (protocol.CHUNK, protocol.CLOSE, protocol.SHUTDOWN):
-            return False
-        since = self._open_before.get(protocol.decode_record(frame).key)
-        return since is not None and self._frame_at >= since
+        progress.note_end()
 
     def _lose_link(self) -> None:
         """The helper is gone. Without a next one that is the end."""
@@ -421,39 +304,29 @@ class UprobeSource:
             self._end()
             return
         self._frames = protocol.FrameBuffer()  # half a frame comes again, whole
-        if self._receipt is not None:
-            self._receipt.close()
-            self._receipt = None
+        self._progress.drop_receipt()
         if self._link is not None:
             self._link.close()
             self._link = None
 
     def _take(self, kind: int, frame: bytes) -> None:
         if kind == protocol.CHUNK:
-            self._take_chunk(frame)
+            self._open.chunk(frame)
         elif kind == protocol.OPEN:
-            record = protocol.decode_record(frame)
-            if record.key not in self._closed and record.key not in self._streams:
-                known_before = self._position is None or self._frame_at < self._done_before
-                self._open(record, known_before=known_before)
+            self._open.opened(protocol.decode_record(frame))
         elif kind == protocol.CLOSE:
-            self._take_close(protocol.decode_record(frame))
+            self._open.closed(protocol.decode_record(frame))
         elif kind == protocol.SHUTDOWN:
-            record = protocol.decode_record(frame)
-            if record.key in self._streams:
-                self._closing[record.key] = (time.monotonic() + SHUTDOWN_GRACE_S, record.at_ns)
+            self._open.shut_down(protocol.decode_record(frame))
         elif kind == protocol.PROCESS:
-            about = protocol.decode_message(frame)
-            tgid, ssl, opened_ns = about["connection"]
-            process = proc.from_json(about["process"])
-            self._processes[tgid, ssl, opened_ns] = process, self._frame_at
+            self._open.process(frame)
         elif kind == protocol.PAUSED:
             self._paused.append(protocol.decode_paused(frame))
         elif kind == protocol.CONNECTIONS:
             self._connections += map(parsed_connections, protocol.decode_message(frame))
         elif kind == protocol.REPORT:
             self._report = protocol.decode_message(frame)
-            self._forget_processes()
+            self._open.forget_processes()
         elif kind == protocol.REPLY:
             reply = protocol.decode_message(frame)
             self._replies[int(reply["id"])] = reply
@@ -464,108 +337,11 @@ class UprobeSource:
             missing = tuple(Problem(str(what), str(fix)) for what, fix in found["missing"])
             self._problems = (*missing, Problem(str(found["what"]), USE_PROXY))
 
-    def _open(self, record: protocol.Record, *, known_before: bool = False) -> _OpenConnection:
-        """`known_before`: another reader had its beginning, and perhaps more of it."""
-        pid, ssl, opened_ns = record.key
-        unknown = Process(pid=pid, started_ns=0, exe=record.comm or None, uid=record.uid)
-        process, announced_at = self._processes.pop(record.key, (unknown, self._frame_at))
-        # One clock reading a connection: its times must not go backwards when the clock is set.
-        known = self._streams.get(record.key)
-        latest = self._latest.get((pid, ssl))
-        if latest is not None and latest != record.key and latest in self._streams:
-            self._close(latest, record.at_ns, clean=False)  # its CLOSE was lost
-        self._latest[(pid, ssl)] = record.key
-        stream = _OpenConnection(
-            Connection(
-                id=f"{pid}-{ssl:x}-{opened_ns:x}",
-                source=Source.UPROBES,
-                process=process,
-                peer=record.host or None,
-                joined=bool(record.flags & protocol.FLAG_JOINED),
-            ),
-            known.clock_ns if known else time.time_ns() - time.monotonic_ns(),
-            known.expected if known else ([-1, -1] if known_before else [0, 0]),
-            None if known_before else announced_at,
-        )
-        self._streams[record.key] = stream
-        return stream
-
-    def _take_chunk(self, frame: bytes) -> None:
-        key, direction, at_ns, offset, length, data = protocol.decode_chunk(frame)
-        stream = self._streams.get(key)
-        if stream is None and key in self._closed:
-            return
-        if stream is None:  # its OPEN was lost
-            stream = self._open(protocol.decode_record(frame))
-        if self._closing:
-            self._closing.pop(key, None)
-        if stream.expected[0] < 0 and stream.expected[1] < 0:
-            stream.begin(direction, offset)
-        stream.expected[direction] = offset + length
-        at_ns += stream.clock_ns
-        self._emit(
-            key,
-            TlsChunk(stream.connection, _DIRECTIONS[direction], offset, data, length, at_ns),
-            stream.announced_at,
-        )
-        stream.announced_at = None
-
-    def _take_close(self, record: protocol.Record) -> None:
-        stream = self._streams.get(record.key)
-        if stream is None:
-            return
-        for direction, total in enumerate((record.offset, record.received)):
-            missing = total - stream.expected[direction]
-            # The last chunks were lost: no later offset would show it.
-            if missing > 0 <= stream.expected[direction]:
-                at_ns = record.at_ns + stream.clock_ns
-                self._emit(
-                    record.key,
-                    TlsChunk(
-                        stream.connection,
-                        _DIRECTIONS[direction],
-                        stream.expected[direction],
-                        b"",
-                        missing,
-                        at_ns,
-                    ),
-                )
-        self._close(record.key, record.at_ns)
-
-    def _close(self, key: tuple[int, int, int], at_ns: int, *, clean: bool = True) -> None:
-        self._closing.pop(key, None)
-        stream = self._streams.pop(key)
-        self._latest.pop(key[:2], None)
-        self._closed[key] = None
-        if len(self._closed) > CLOSED_MAX:
-            self._closed.popitem(last=False)
-        self._emit(key, TlsClosed(stream.connection, at_ns + stream.clock_ns, clean))
-
-    def _emit(self, key: Key, event: TlsChunk | TlsClosed, announced_at: int | None = None) -> None:
-        """Hand it out, with where a later reader of its connection has to begin in the spool."""
-        self._events.append(event)
-        end = self._frame_at if self._position is None else self._position
-        start = self._frame_at if announced_at is None else announced_at
-        self._marks.append(_Mark(event.connection.id, key, start, end))
-
-    def _close_shut_down(self) -> None:
-        if not self._closing:
-            return
-        now = time.monotonic()
-        for key, (at, at_ns) in list(self._closing.items()):
-            if at <= now:
-                self._close(key, at_ns)
-
     def _end(self) -> None:
         if self._ended:
             return
         self._ended = True
-        for key in list(self._streams):
-            self._close(key, time.monotonic_ns(), clean=False)
-
-    def _forget_processes(self) -> None:
-        while len(self._processes) > CLOSED_MAX:  # of connections whose OPEN was lost
-            del self._processes[next(iter(self._processes))]
+        self._open.end_all()
 
     # --- commands -----------------------------------------------------------------------------
 

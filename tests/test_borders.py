@@ -27,9 +27,10 @@ from capture import protocol
 from capture.functions.finder_protocol import library_from_json, library_json
 from capture.functions.library import Library, Probe
 from capture.functions.stacks import PROGRAMS, Stack
-from capture.helper import main as helper
 from capture.helper.files.searches import Finder
 from capture.helper.handover import Hold
+from capture.helper.loop import COMMANDS_BYTES_MAX, Helper
+from capture.helper.main import first_command
 from capture.helper.relay.spool import SPOOL_BYTES, Receipt, Spool
 from capture.helper.scope import Refused
 from halton_meter import privileges, untrusted
@@ -385,7 +386,7 @@ class Commanded:
             in_scope=lambda pid: True,
         )
         relay = Spool.new(SPOOL_BYTES), Receipt.new()
-        self.helper = made = helper.Helper(far, Hold(), kernel, relay, scope, Finder())
+        self.helper = made = Helper(far, Hold(), kernel, relay, scope, Finder())
         made._forwarder.connect(far)
         made.report = lambda: made._forwarder.put(  # type: ignore[method-assign]
             protocol.encode_message(protocol.REPORT, {"x": "y" * 10_000})
@@ -470,7 +471,7 @@ def test_who_asks_without_listening_is_not_read_from_any_more() -> None:
     assert len(commanded.helper._forwarder._own) <= 3
     assert taken < 4 << 20, "the socket's own buffer, and no more"
     held = commanded.helper._commands
-    assert sum(map(len, held._waiting)) + len(held._rest) <= 2 * helper.COMMANDS_BYTES_MAX
+    assert sum(map(len, held._waiting)) + len(held._rest) <= 2 * COMMANDS_BYTES_MAX
     commanded.close()
 
 
@@ -478,7 +479,7 @@ def test_no_byte_behind_the_first_command_is_read_with_it() -> None:
     near, far = socket.socketpair()
     with near, far:
         near.sendall(b'{"hosts": ["a"]}\n{"do": "stop"}\n')
-        assert helper.first_command(far) == {"hosts": ["a"]}
+        assert first_command(far) == {"hosts": ["a"]}
         assert far.recv(100) == b'{"do": "stop"}\n'
 
 

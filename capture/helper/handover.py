@@ -9,7 +9,8 @@ and the kernel removes every probe.
 
 Both ends speak the same: a message is a name, what is known of it (JSON), and descriptors; one
 without either takes the name back. `Keeper` is the supervisor's end and believes the helper, which
-is root as it is; `Hold` is the helper's. What the names mean only `helper/main.py` knows.
+is root as it is; `Hold` is the helper's. What a name means is known only to the file of
+the helper that keeps something under it.
 """
 
 from __future__ import annotations

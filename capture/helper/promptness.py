@@ -13,6 +13,8 @@ import os
 
 HELPER, HOLDER = 1, 2
 """Who holds processes comes before who looks into their files."""
+NICE = -10
+"""Of any helper, among ordinary ones: a process may live 10 ms, be there before it is gone."""
 
 
 def be_prompt(priority: int) -> None:

@@ -1,1 +1,1 @@
-"""From packets in a capture file to TLS plaintext. Start at `tcp.py`, then `records.py`."""
+"""From packets to TLS plaintext. Start at `tcp.py`, `tcp_connections.py`, then `records.py`."""

@@ -1,46 +1,32 @@
-"""TLS connections cut into records: from TCP's bytes to what is decrypted.
+"""TLS streams cut into records, and whole records handed out in batches: holes survive.
 
-`tcp.py` hands each connection's bytes and holes to `TcpConnections`. What becomes of them depends
-on the connection's `State`, which its first bytes decide:
-
-    NEW ──> TLS      cut into records; whole ones go to a `Reader`, in order
-     │      │
-     │      └──> IGNORED   no keys for it, or not wanted, or seen already
-     ├──> PLAIN    handed out as they are
-     └──> IGNORED
-
-Recorded connections are decrypted by tshark (`tshark.py`), those of a live capture by ourselves
-(`awaiting.py`). After a hole the rest of that direction bypasses tshark (see `tls.py`): the header
-before the hole tells where the next record begins, or it is searched for. This file refuses to know
-files, and what the plaintext means.
+A stream is one direction of a connection. Its bytes are cut at the headers of records; whole ones
+gather until the other direction speaks, then the connection's `Reader` decrypts them. After a hole
+the rest of that direction bypasses tshark (see `tls.py`): the header before the hole tells where
+the next record begins, or it is searched for. Whose a connection is, what it is and whether it is
+wanted decides `tcp_connections.py`; this file refuses to know it, and what the plaintext means.
 """
 
 from __future__ import annotations
 
 import struct
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from capture.packets import inner_hello, tls
-from capture.packets.keylog import KeyLog
-from capture.packets.opening import Clear, Keys, Plaintext, Records, Tail, Work
+from capture.packets import tls
+from capture.packets.findings import Findings
+from capture.packets.opening import Keys, Plaintext, Records, Tail, Work
 from capture.packets.tcp import Flow, Half
-from halton_meter.model import Connection, Direction, Process, Source, TlsClosed
+from halton_meter.model import Connection, TlsClosed
 
 # Whole records collected before tshark is asked, and for how long. An IPv4 packet ends at 64 KiB.
 BATCH_BYTES_MAX = 32 << 10
 BATCH_NS_MAX = 2_000_000
 # Bytes searched for a record's start after a hole; they are dropped if there is none.
 HUNT_BYTES_MAX = 2 * tls.RECORD_BYTES_MAX
-# First bytes held back until they decide what the connection is: a packet of the server's may have
-# been recorded before the client's that it answers.
-HELD_BYTES_MAX = 64 << 10
-DECIDING_BYTES = 6
-# What a piece costs to hold beside its bytes.
-HELD_COST_BYTES = 128
 # What all connections hold back or keep of unfinished records together; past it the one that
 # keeps longest goes without.
 KEPT_BYTES_MAX = 64 << 20
@@ -48,52 +34,10 @@ KEPT_BYTES_MAX = 64 << 20
 HELLO_BYTES_MAX = 32 << 10
 # Handshake messages among which a hello is looked for: it is the first, but for a retry.
 HELLO_MESSAGES_MAX = 16
-# A connection recorded on two interfaces (a bridge, a VPN, NAT) shows one hello twice, soon after
-# one another. It is read once: two events would be made where no id of the provider's joins them.
-SEEN_AGAIN_NS_MAX = 1_000_000_000
-HELLOS_MAX = 65_536
-# Server addresses whose name is remembered from another connection's hello.
-NAMES_MAX = 8_192
-# Handshakes of the key log tried for hellos that may hold another one (ECH): 1.2 s together.
-INNER_TRIALS_MAX = 20_000
-# Host names listed for connections without keys.
-HOSTS_MAX = 256
-
-_METHODS = (
-    b"GET ", b"POST", b"PUT ", b"DELE", b"PATC", b"HEAD", b"OPTI", b"CONN", b"PRI ", b"HTTP",
-)  # fmt: skip
-
-
-@dataclass(slots=True)
-class Findings:
-    """What a run over captures saw, for people: complete once `items` is exhausted.
-
-    `without_keys` counts encrypted connections by host name (SNI, or address), `errors` has one
-    line for each file that could not be read, `losses` counts by cause what was lost,
-    `seen_again` counts connections that another interface's packets had shown already,
-    `handshakes_with_keys` is how many handshakes the key logs and captures hold secrets of,
-    `unread_links` counts frames by link type (tcpdump.org/linktypes.html) that are not read.
-    """
-
-    files: int = 0
-    connections: int = 0
-    decrypted: int = 0
-    plain: int = 0
-    joined: int = 0
-    nameless: int = 0
-    seen_again: int = 0
-    quic: int = 0
-    not_wanted: int = 0
-    without_keys: Counter[str] = field(default_factory=Counter)
-    losses: Counter[str] = field(default_factory=Counter)
-    errors: list[str] = field(default_factory=list)
-    last_ns: int = 0
-    handshakes_with_keys: int = 0
-    unread_links: Counter[int] = field(default_factory=Counter)
 
 
 class State(Enum):
-    """What a connection is; see the file's head."""
+    """What a connection is; `tcp_connections.py` has the way from one to the next."""
 
     NEW = "new"
     TLS = "tls"
@@ -133,25 +77,8 @@ class Readers(Protocol):
         """A connection has ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class Live:
-    """What is different where packets are seen as they pass.
-
-    `owner` finds the process of a new connection; it may search for longer once it is known that
-    the connection is wanted. `hello` is told the random of a connection's ClientHello; keys follow.
-    `without_keys` is told of connections that began before and have none, with the host.
-    `passed_by` is told how many bytes of a server, by address and client's port, are not read.
-    """
-
-    source: Source
-    owner: Callable[[Flow, bool], Process | None]
-    hello: Callable[[Flow, bytes], None]
-    without_keys: Callable[[Connection, str], None]
-    passed_by: Callable[[str, int, int], None]
-
-
 @dataclass(slots=True, eq=False)
-class _RecordStream:
+class RecordStream:
     """One direction of a connection on its way to its reader."""
 
     plaintext: Plaintext
@@ -175,14 +102,14 @@ class _RecordStream:
 
 
 @dataclass(slots=True, eq=False)
-class _TcpConnection:
-    """A flow's state here."""
+class TcpConnection:
+    """A connection as it is read. What is held, asked and answered is from before its state was."""
 
     connection: Connection
     keys: Keys
     number: int
     server: str
-    streams: dict[bool, _RecordStream]
+    streams: dict[bool, RecordStream]
     flow: Flow
     state: State = State.NEW
     reader: Reader | None = None
@@ -198,170 +125,74 @@ class _TcpConnection:
         self.state = state
 
 
-class TcpConnections:
-    """Every connection of a run's captures (a `capture.packets.tcp.Listener`).
+class RecordCutter:
+    """Cuts the streams of a run's TLS connections, and hands their records to their readers.
 
-    `keys` may grow meanwhile. `wanted` says by server name which connections are worth decrypting
-    (None: all). What was seen is counted in `findings`.
+    `on_hello` is told each ClientHello and when it came (ns), and may `ignore` the connection.
+    `has_keys` is asked before records of one are handed out whose hello may hold another one.
+    Lost bytes are counted in `findings`.
     """
 
     def __init__(
         self,
         findings: Findings,
-        keys: KeyLog,
         readers: Readers,
-        wanted: Callable[[str], bool] | None,
-        live: Live | None = None,
+        on_hello: Callable[[TcpConnection, tls.ClientHello, int], None],
+        has_keys: Callable[[TcpConnection, Records], bool],
     ) -> None:
-        self.findings = findings
-        self._keys = keys
+        self._findings = findings
         self._readers = readers
-        self._wanted = wanted
-        self._live = live
-        self._batching: dict[_TcpConnection, None] = {}  # those that have a batch
-        self._numbers = 0
-        self._name_of: dict[str, str | None] = {}
-        self._hellos: dict[bytes, tuple[int, int]] = {}
-        self._first_handshake = 0  # of this capture, in the key log
-        self._trials_left = INNER_TRIALS_MAX
-        self._holding: OrderedDict[Flow, None] = OrderedDict()  # by when they began
-        self._held_bytes = 0
-        self._on_bytes = {
-            State.NEW: self._read_new,
-            State.TLS: self._read_tls,
-            State.PLAIN: self._read_plain,
-            State.IGNORED: self._pass_by,
-        }
-        self._on_hole = {
-            State.NEW: self._lose_new,
-            State.TLS: self._lose_tls,
-            State.PLAIN: self._lose_plain,
-            State.IGNORED: lambda *_: None,
-        }
-        self._keeping: OrderedDict[_RecordStream, tuple[_TcpConnection, bool]] = OrderedDict()
+        self._on_hello = on_hello
+        self._has_keys = has_keys
+        self._batching: dict[TcpConnection, None] = {}  # those that have a batch
+        self._keeping: OrderedDict[RecordStream, tuple[TcpConnection, bool]] = OrderedDict()
         self._kept_bytes = 0
 
-    # --- from TCP (tcp.Listener) ---------------------------------------------------------
-
-    def opened(self, flow: Flow) -> None:
-        """Start a connection's state."""
-        self.findings.connections += 1
-        self._numbers += 1
-        live = self._live
-        connection = Connection(
-            flow.id,
-            live.source if live else Source.PCAP,
-            live.owner(flow, False) if live and not flow.joined else None,
-            self._name_of.get(flow.server[0]),
-            flow.server[1],
-            flow.joined,
-        )
-        keys = Keys()
-        streams: dict[bool, _RecordStream] = {}
-        for half, direction in zip(flow.halves, (Direction.SENT, Direction.RECEIVED), strict=True):
-            plaintext = Plaintext(connection, direction)
-            keys.halves[direction] = plaintext
-            half.tag = streams[half.sent] = _RecordStream(plaintext)
-        flow.tag = _TcpConnection(connection, keys, self._numbers, flow.server[0], streams, flow)
-
-    def received(self, half: Half, data: bytes, at_ns: int) -> None:
-        """Contiguous bytes of one direction."""
-        tcp, stream = half.flow.tag, half.tag
-        assert isinstance(tcp, _TcpConnection)
-        assert isinstance(stream, _RecordStream)
-        self._on_bytes[tcp.state](tcp, stream, half, data, at_ns)
-
-    def _read_tls(
-        self, tcp: _TcpConnection, stream: _RecordStream, half: Half, data: bytes, at_ns: int
+    def take(
+        self, tcp: TcpConnection, stream: RecordStream, sent: bool, data: bytes, at_ns: int
     ) -> None:
-        if tcp.keys.is_left:
-            self._leave_unwanted(tcp)
-            self._pass_by(tcp, stream, half, data, at_ns)
-            return
-        self._records(tcp, stream, half.sent, data, at_ns)
+        """The next bytes of a stream, that came at `at_ns`."""
+        if stream.skip:
+            passed = min(stream.skip, len(data))
+            stream.skip -= passed
+            stream.position += passed
+            data = data[passed:]
+        if data:
+            stream.buffer += data
+            if stream.hunting:
+                self._hunt(tcp, stream, sent, at_ns)
+            else:
+                self._cut(tcp, stream, sent, at_ns)
         self._look_at_buffers(tcp)
 
-    def _read_plain(
-        self, tcp: _TcpConnection, stream: _RecordStream, _: Half, data: bytes, at_ns: int
-    ) -> None:
-        self._reader_of(tcp).put(Clear(stream.plaintext, data, 0, at_ns))
-
-    def _pass_by(
-        self, tcp: _TcpConnection, _: _RecordStream, half: Half, data: bytes, at_ns: int
-    ) -> None:
-        if self._live is not None and not half.sent:
-            self._live.passed_by(half.flow.server[0], half.flow.client[1], len(data))
-
-    def _read_new(
-        self, tcp: _TcpConnection, _: _RecordStream, half: Half, data: bytes, at_ns: int
-    ) -> None:
-        self._hold(tcp, half, data, at_ns)
-        self._take_held(tcp, half.flow)
-        while self._held_bytes > KEPT_BYTES_MAX:
-            oldest = next(iter(self._holding))
-            assert isinstance(oldest.tag, _TcpConnection)
-            self._take_held(oldest.tag, oldest, wait=False)
-
-    def _hold(self, tcp: _TcpConnection, half: Half, data: bytes, at_ns: int) -> None:
-        tcp.held.append((half, data, at_ns))
-        if half.sent:
-            tcp.asked = (tcp.asked + data[:DECIDING_BYTES])[:DECIDING_BYTES]
-        else:
-            tcp.answered = (tcp.answered + data[:DECIDING_BYTES])[:DECIDING_BYTES]
-        tcp.held_bytes += len(data) + HELD_COST_BYTES
-        self._held_bytes += len(data) + HELD_COST_BYTES
-        self._holding[half.flow] = None
-
-    def _take_held(self, tcp: _TcpConnection, flow: Flow, wait: bool = True) -> None:
-        """Read what was held back once it decides the state, the client's side first."""
-        asked = tcp.asked
-        first = asked or tcp.answered
-        decides = len(first) >= DECIDING_BYTES and (asked or flow.joined)
-        if wait and not decides and tcp.held_bytes < HELD_BYTES_MAX:
+    def lose(self, tcp: TcpConnection, stream: RecordStream, sent: bool, length: int) -> None:
+        """Tshark has lost its place in this direction; go on without it."""
+        self._flush_stream(tcp, stream, sent)
+        stream.open_hole = stream.open_hole or length > 0
+        if stream.skip > length:
+            stream.skip -= length
+            stream.position += length
             return
-        held, tcp.held = tcp.held, []
-        self._held_bytes -= tcp.held_bytes
-        tcp.held_bytes = 0
-        del self._holding[flow]
-        self._recognise(tcp, flow.halves[0 if asked else 1], first)
-        for half, data, at_ns in sorted(held, key=lambda each: not each[0].sent):
-            self.received(half, data, at_ns)
+        buffer, stream.skip = stream.buffer, 0
+        following = 0
+        if not stream.hunting and len(buffer) >= 5 and tls.plausible_header(buffer, 0):
+            record = 5 + (buffer[3] << 8 | buffer[4])
+            following = record - len(buffer) - length
+        stream.hunting = following < 0 or len(buffer) < 5
+        stream.skip = max(0, following)
+        stream.position += len(buffer) + length
+        self._findings.losses["tls_record_bytes_cut"] += len(buffer)
+        stream.buffer = bytearray()
+        stream.diverted = True
+        stream.handshake = None
+        if not all(each.encrypted for each in tcp.streams.values()):
+            # The handshake itself is incomplete: tshark has no keys for the other side either.
+            other = tcp.streams[not sent]
+            self._flush_stream(tcp, other, not sent)
+            other.diverted = True
 
-    def lost(self, half: Half, length: int, at_ns: int) -> bool:
-        """A hole in one direction; none where the kernel was told to drop what is not read."""
-        tcp, stream = half.flow.tag, half.tag
-        assert isinstance(tcp, _TcpConnection)
-        assert isinstance(stream, _RecordStream)
-        if tcp.held:
-            self._take_held(tcp, half.flow, wait=False)
-        is_read = self._live is None or tcp.state is not State.IGNORED
-        self._on_hole[tcp.state](tcp, stream, half, length, at_ns)
-        return is_read
-
-    def _lose_tls(
-        self, tcp: _TcpConnection, stream: _RecordStream, half: Half, length: int, _: int
-    ) -> None:
-        self._divert(tcp, stream, half.sent, length)
-
-    def _lose_plain(
-        self, tcp: _TcpConnection, stream: _RecordStream, _: Half, length: int, at_ns: int
-    ) -> None:
-        self._reader_of(tcp).put(Clear(stream.plaintext, b"", length, at_ns))
-
-    @staticmethod
-    def _lose_new(
-        tcp: _TcpConnection, stream: _RecordStream, _: Half, length: int, at_ns: int
-    ) -> None:
-        stream.position += length
-        for each in tcp.streams.values():
-            each.diverted = each.hunting = True
-
-    def closed(self, flow: Flow, at_ns: int, clean: bool) -> None:
-        """The end of a connection."""
-        tcp = flow.tag
-        assert isinstance(tcp, _TcpConnection)
-        if tcp.held:
-            self._take_held(tcp, flow, wait=False)
+    def end(self, tcp: TcpConnection, at_ns: int, clean: bool) -> None:
+        """No more bytes come: hand on what is there, and where a stream's last ones are missing."""
         for sent, stream in tcp.streams.items():
             if tcp.state is State.TLS and stream.hunting:
                 self._hunt(tcp, stream, sent, at_ns, final=True)
@@ -378,116 +209,30 @@ class TcpConnections:
             reader.put(TlsClosed(tcp.connection, at_ns, clean))
             self._readers.leave(reader)
 
-    # --- what a connection is -------------------------------------------------------------------
-
-    def _recognise(self, tcp: _TcpConnection, half: Half, data: bytes) -> None:
-        if data[:4] in _METHODS and self._live is not None:
-            tcp.become(State.IGNORED)  # without keys nothing says whose it is
-        elif data[:4] in _METHODS:
-            tcp.become(State.PLAIN)
-            self.findings.plain += 1
-        elif len(data) >= 6 and data[0] == tls.HANDSHAKE and data[1] == 3 and data[5] in (1, 2):
-            tcp.become(State.TLS)
-            if data[5] == 2:  # the ClientHello was not seen
-                self._begin_joined(tcp, half.flow)
-        elif len(self._keys) and (half.flow.joined or tcp.streams[half.sent].hunting):
-            tcp.become(State.TLS)
-            self._begin_joined(tcp, half.flow)
-        else:
-            joined_tls = half.flow.joined and len(data) > 4 and tls.plausible_header(data, 0)
-            if joined_tls or half.flow.server[1] == 443:
-                self._no_keys(tcp, half.flow.server[0])
-            tcp.become(State.IGNORED)
-
-    def _begin_joined(self, tcp: _TcpConnection, flow: Flow) -> None:
-        """Without a ClientHello there is no name for the keys: boundaries and keys are guessed."""
-        self.findings.joined += 1
-        if not len(self._keys):
-            self._no_keys(tcp, flow.server[0])
-            tcp.become(State.IGNORED)
-            return
-        self.findings.nameless += tcp.connection.peer is None
-        tcp.keys.first = self._first_handshake
-        for stream in tcp.streams.values():
-            stream.diverted = stream.hunting = True
-            stream.handshake = None
-
-    def _no_keys(self, tcp: _TcpConnection, host: str) -> None:
-        if self._live is not None:
-            self._live.without_keys(tcp.connection, host)
-        if host not in self.findings.without_keys and len(self.findings.without_keys) >= HOSTS_MAX:
-            host = "others"
-        self.findings.without_keys[host] += 1
-
-    def capture_begins(self, first_handshake: int) -> None:
-        """What is seen from here on was recorded apart from what came before.
-
-        Its own secrets stand in the key log from number `first_handshake` on.
-        """
-        self._hellos.clear()
-        self._first_handshake = first_handshake
-
-    def _is_seen_again(self, tcp: _TcpConnection, random: bytes, at_ns: int) -> bool:
-        if len(self._hellos) >= HELLOS_MAX:
-            self._hellos.clear()
-        number, first_ns = self._hellos.setdefault(random, (tcp.number, at_ns))
-        return number != tcp.number and at_ns - first_ns < SEEN_AGAIN_NS_MAX
-
-    def _client_hello(self, tcp: _TcpConnection, hello: tls.ClientHello, at_ns: int) -> None:
-        name = hello.server_name
-        if self._is_seen_again(tcp, hello.random, at_ns):
-            self.findings.seen_again += 1
-            self._ignore(tcp)
-            return
-        keys = tcp.keys
-        if keys.client_random is None and name is not None:
-            self._name(tcp, name)
-        keys.client_random, keys.session = hello.random, hello.session
-        if self._live is not None:
-            self._live.hello(tcp.flow, hello.random)
-        if name is not None:
-            self._remember_name(tcp.server, name)
-        has_keys = hello.random in self._keys
-        keys.may_be_outer = hello.may_be_outer and not has_keys
-        unwanted = name is not None and self._wanted is not None and not self._wanted(name)
-        keys.is_unwanted = unwanted and keys.may_be_outer
-        if self._live is None and not has_keys and not keys.may_be_outer:
-            self._no_keys(tcp, name or tcp.server)
-            self._ignore(tcp)
-        elif unwanted and not keys.is_unwanted:
-            self._leave_unwanted(tcp)
-
-    def _leave_unwanted(self, tcp: _TcpConnection) -> None:
-        self.findings.not_wanted += 1
-        self._ignore(tcp)
-
-    def _name(self, tcp: _TcpConnection, host: str) -> None:
-        process, live = tcp.connection.process, self._live
-        wanted = self._wanted is None or self._wanted(host)
-        if live is not None and process is None and wanted and not tcp.flow.joined:
-            process = live.owner(tcp.flow, True)
-        tcp.connection = replace(tcp.connection, peer=host, process=process)
-        for plaintext in tcp.keys.halves.values():
-            plaintext.connection = tcp.connection
-
-    def _remember_name(self, address: str, name: str) -> None:
-        """A server's name, for connections to it whose hello was missed; None once ambiguous."""
-        if self._name_of.get(address, name) != name:
-            self._name_of[address] = None
-        elif len(self._name_of) < NAMES_MAX:
-            self._name_of[address] = name
-
     @staticmethod
-    def _ignore(tcp: _TcpConnection) -> None:
+    def ignore(tcp: TcpConnection) -> None:
+        """Read no more of a connection, and forget what was not handed out."""
         tcp.become(State.IGNORED)
         for stream in tcp.streams.values():
             stream.buffer = bytearray()
             stream.batch, stream.batch_bytes = [], 0
             stream.handshake = None
 
+    def flush(self) -> None:
+        """Hand on what waits for more to be decrypted with it: nothing may come for a while."""
+        for tcp in list(self._batching):
+            self._flush(tcp)
+        self._batching.clear()
+
+    def reader_of(self, tcp: TcpConnection) -> Reader:
+        """Who decrypts its records: from the first time on the same."""
+        if tcp.reader is None:
+            tcp.reader = self._readers.join_newest()
+        return tcp.reader
+
     # --- how much is kept -----------------------------------------------------------------------
 
-    def _look_at_buffers(self, tcp: _TcpConnection) -> None:
+    def _look_at_buffers(self, tcp: TcpConnection) -> None:
         """Count what a connection keeps of unfinished records; past the limit the oldest goes."""
         for sent, stream in tcp.streams.items():
             handshake = len(stream.handshake) if stream.handshake else 0
@@ -498,13 +243,13 @@ class TcpConnections:
             stream, (its, sent) = next(iter(self._keeping.items()))
             self._flush_stream(its, stream, sent)
             if stream.buffer:
-                self.findings.losses["tls_records_given_up_early"] += 1
-                self._divert(its, stream, sent, 0)
+                self._findings.losses["tls_records_given_up_early"] += 1
+                self.lose(its, stream, sent, 0)
             stream.handshake = None
             self._keep(its, stream, 0)
 
     def _keep(
-        self, tcp: _TcpConnection, stream: _RecordStream, kept: int, sent: bool = False
+        self, tcp: TcpConnection, stream: RecordStream, kept: int, sent: bool = False
     ) -> None:
         self._kept_bytes += kept - stream.kept_bytes
         stream.kept_bytes = kept
@@ -515,23 +260,7 @@ class TcpConnections:
 
     # --- records --------------------------------------------------------------------------------
 
-    def _records(
-        self, tcp: _TcpConnection, stream: _RecordStream, sent: bool, data: bytes, at_ns: int
-    ) -> None:
-        if stream.skip:
-            passed = min(stream.skip, len(data))
-            stream.skip -= passed
-            stream.position += passed
-            data = data[passed:]
-            if not data:
-                return
-        stream.buffer += data
-        if stream.hunting:
-            self._hunt(tcp, stream, sent, at_ns)
-        else:
-            self._cut(tcp, stream, sent, at_ns)
-
-    def _cut(self, tcp: _TcpConnection, stream: _RecordStream, sent: bool, at_ns: int) -> None:
+    def _cut(self, tcp: TcpConnection, stream: RecordStream, sent: bool, at_ns: int) -> None:
         """Move every whole record from the buffer to the batch."""
         buffer = stream.buffer
         at, size = 0, len(buffer)
@@ -539,8 +268,8 @@ class TcpConnections:
         while at + 5 <= size:
             if not tls.plausible_header(buffer, at):
                 self._take(tcp, stream, sent, at, encrypted, ciphered, at_ns)
-                self.findings.losses["tls_garbage"] += 1
-                self._divert(tcp, stream, sent, 0)
+                self._findings.losses["tls_garbage"] += 1
+                self.lose(tcp, stream, sent, 0)
                 stream.hunting = True
                 return
             end = at + 5 + (buffer[at + 3] << 8 | buffer[at + 4])
@@ -563,7 +292,7 @@ class TcpConnections:
             self._take(tcp, stream, sent, at, encrypted, ciphered, at_ns)
 
     def _handshake(
-        self, tcp: _TcpConnection, stream: _RecordStream, sent: bool, body: bytes, at_ns: int
+        self, tcp: TcpConnection, stream: RecordStream, sent: bool, body: bytes, at_ns: int
     ) -> None:
         """Look for the hello at the start of a direction, in as many records as it takes."""
         assert stream.handshake is not None
@@ -579,7 +308,7 @@ class TcpConnections:
             whole = bytes(stream.handshake[:length])
             del stream.handshake[:length]
             if sent and (hello := tls.client_hello(whole)) is not None:
-                self._client_hello(tcp, hello, at_ns)
+                self._on_hello(tcp, hello, at_ns)
                 # A retry request is answered by a second ClientHello with the same random.
                 stream.handshake = bytearray()
                 return
@@ -589,8 +318,8 @@ class TcpConnections:
 
     def _take(
         self,
-        tcp: _TcpConnection,
-        stream: _RecordStream,
+        tcp: TcpConnection,
+        stream: RecordStream,
         sent: bool,
         length: int,
         encrypted: int,
@@ -623,20 +352,14 @@ class TcpConnections:
         if stream.batch_bytes >= BATCH_BYTES_MAX:
             self._flush_stream(tcp, stream, sent)
 
-    def flush(self) -> None:
-        """Hand on what waits for more to be decrypted with it: nothing may come for a while."""
-        for tcp in list(self._batching):
-            self._flush(tcp)
-        self._batching.clear()
-
-    def _flush(self, tcp: _TcpConnection) -> None:
+    def _flush(self, tcp: TcpConnection) -> None:
         for sent, stream in tcp.streams.items():
             self._flush_stream(tcp, stream, sent)
 
-    def _flush_stream(self, tcp: _TcpConnection, stream: _RecordStream, sent: bool) -> None:
+    def _flush_stream(self, tcp: TcpConnection, stream: RecordStream, sent: bool) -> None:
         if not stream.batch or tcp.state is State.IGNORED:
             return
-        reader = self._reader_of(tcp)
+        reader = self.reader_of(tcp)
         whole = not stream.diverted
         asked = whole and not reader.is_spent
         payload = b"".join(stream.batch)
@@ -654,7 +377,7 @@ class TcpConnections:
         )
         stream.encrypted += stream.batch_encrypted
         stream.batch, stream.batch_bytes, stream.batch_encrypted = [], 0, 0
-        if self._live is None and tcp.keys.may_be_outer and not self._has_inner(tcp, records):
+        if tcp.keys.may_be_outer and not self._has_keys(tcp, records):
             return
         if not asked:
             reader.put(records)
@@ -662,54 +385,10 @@ class TcpConnections:
         reader.ask(records, _packet(tcp, sent, payload))
         tcp.seqs[sent] += len(payload)
 
-    def _has_inner(self, tcp: _TcpConnection, records: Records) -> bool:
-        """False: no hello that may be inside has keys here, and the connection is left."""
-        if records.half.direction is Direction.SENT or not records.encrypted:
-            return True  # the server's first encrypted record tells
-        if inner_hello.is_proof(records):
-            count = min(self._trials_left, inner_hello.TRIALS_MAX)
-            randoms = self._keys.handshakes(self._first_handshake)[:count]
-            self._trials_left -= len(randoms)
-            tcp.keys.may_be_outer = not inner_hello.find(self._keys, records, randoms)
-        if tcp.keys.may_be_outer and tcp.keys.is_unwanted:
-            self._leave_unwanted(tcp)
-        elif tcp.keys.may_be_outer:
-            self._no_keys(tcp, tcp.connection.peer or tcp.server)
-            self._ignore(tcp)
-        return not tcp.keys.may_be_outer
-
-    # --- after a hole ---------------------------------------------------------------------------
-
-    def _divert(self, tcp: _TcpConnection, stream: _RecordStream, sent: bool, length: int) -> None:
-        """Tshark has lost its place in this direction; go on without it."""
-        self._flush_stream(tcp, stream, sent)
-        stream.open_hole = stream.open_hole or length > 0
-        if stream.skip > length:
-            stream.skip -= length
-            stream.position += length
-            return
-        buffer, stream.skip = stream.buffer, 0
-        following = 0
-        if not stream.hunting and len(buffer) >= 5 and tls.plausible_header(buffer, 0):
-            record = 5 + (buffer[3] << 8 | buffer[4])
-            following = record - len(buffer) - length
-        stream.hunting = following < 0 or len(buffer) < 5
-        stream.skip = max(0, following)
-        stream.position += len(buffer) + length
-        self.findings.losses["tls_record_bytes_cut"] += len(buffer)
-        stream.buffer = bytearray()
-        stream.diverted = True
-        stream.handshake = None
-        if not all(each.encrypted for each in tcp.streams.values()):
-            # The handshake itself is incomplete: tshark has no keys for the other side either.
-            other = tcp.streams[not sent]
-            self._flush_stream(tcp, other, not sent)
-            other.diverted = True
-
     def _hunt(
         self,
-        tcp: _TcpConnection,
-        stream: _RecordStream,
+        tcp: TcpConnection,
+        stream: RecordStream,
         sent: bool,
         at_ns: int,
         final: bool = False,
@@ -739,16 +418,11 @@ class TcpConnections:
         stream.position += drop
         del buffer[:drop]
 
-    def _reader_of(self, tcp: _TcpConnection) -> Reader:
-        if tcp.reader is None:
-            tcp.reader = self._readers.join_newest()
-        return tcp.reader
-
 
 _SERVER = bytes((192, 0, 2, 1))
 
 
-def _packet(tcp: _TcpConnection, sent: bool, payload: bytes) -> bytes:
+def _packet(tcp: TcpConnection, sent: bool, payload: bytes) -> bytes:
     """An IPv4 packet for tshark: one made-up client address a connection, everything in order."""
     client = struct.pack("!I", 0x0A000000 + (tcp.number & 0xFFFFFF))
     source, target = (client, _SERVER) if sent else (_SERVER, client)

@@ -2,7 +2,7 @@
 
 Repeated and reordered segments are put right, within limits; what stays missing is reported as a
 hole of exact length. Connections seen from their middle work too. This file knows nothing of TLS
-or of files; `records.py` implements `Listener` on top of it.
+or of files; `tcp_connections.py` implements `Listener` on top of it.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ from halton_meter.problem import Problem
 from halton_meter.sightings import HeldSightings
 
 if TYPE_CHECKING:
-    from capture.packets.records import Findings
+    from capture.packets.findings import Findings
     from halton_meter.store import Store
 
 SUFFIXES = (".pcap", ".pcapng", ".cap", ".pcap.gz", ".pcapng.gz", ".cap.gz")

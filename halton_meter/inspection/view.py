@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from capture.packets.records import Findings
+from capture.packets.findings import Findings
 from capture.pcap import PcapSource
 from halton_meter.model import (
     Body,

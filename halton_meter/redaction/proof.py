@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 
-from capture.packets.records import Findings
+from capture.packets.findings import Findings
 from capture.pcap import PcapSource
 from halton_meter.meter import Meter
 from halton_meter.model import Exchange, PricedEvent, TlsChunk, TlsClosed, UsageEvent

@@ -16,7 +16,8 @@ import pytest
 from capture import protocol
 from capture.helper.relay.spool import Receipt
 from capture.helper_process import KILLED_S_MAX, STOP_S_MAX, Scope
-from capture.uprobes import OPEN_BYTES_MAX, UprobeSource
+from capture.progress import OPEN_BYTES_MAX
+from capture.uprobes import UprobeSource
 from halton_meter.model import TlsChunk, TlsClosed
 
 PID, SSL, OPENED_NS = 4_000_000, 0xABC, 5
@@ -118,7 +119,7 @@ def test_it_goes_on_at_the_next_helper_with_the_same_connection() -> None:
     helper = Helper(resumable=True)
     begun = len(OPEN) + len(BATCH[0])
     helper.link.sendall(OPEN + BATCH[0] + BATCH[1][:20])  # half a frame
-    position = helper.source._position
+    position = helper.source._progress.position
     assert position is not None
     assert summary(helper.source.read(1)) == [ASKED]
     helper.link.close()
@@ -138,7 +139,7 @@ def test_what_the_next_helper_no_longer_has_is_counted_and_ends_the_connections(
     helper = Helper(resumable=True)
     helper.link.sendall(OPEN + BATCH[0])
     assert summary(helper.source.read(1)) == [ASKED]
-    position = helper.source._position
+    position = helper.source._progress.position
     assert position is not None
     helper.link.close()
     helper.source.read(1)
@@ -169,7 +170,7 @@ def test_whoever_comes_after_it_reads_what_it_had_not_dealt_with(
     second.link, theirs = socket.socketpair()
     second.receipt, second.asked = Receipt(os.dup(first.receipt.fd)), []
     second.source = UprobeSource([], Scope(), link=theirs, resumable=True)
-    begin = first.source._position
+    begin = first.source._progress.position
     assert begin is not None
     begin -= len(SPOOLED)
     second.serve(second.source.start, SPOOLED, begin)
@@ -194,8 +195,8 @@ def test_an_exchange_that_is_open_for_long_does_not_hold_the_spool() -> None:
         while not items:
             items = helper.source.read(1)
         helper.source.processed(len(items), lambda _: True)
-    assert helper.source._position is not None
-    behind = helper.source._position - helper.receipt.floor
+    assert helper.source._progress.position is not None
+    behind = helper.source._progress.position - helper.receipt.floor
     assert behind <= OPEN_BYTES_MAX
     helper.source.stop()
 

@@ -19,9 +19,10 @@ from pathlib import Path
 
 from capture.packets import capfile, tshark
 from capture.packets.capfile import CaptureFile, NotACapture, secrets_in
+from capture.packets.findings import Findings
 from capture.packets.keylog import KeyLog, read_key_log
-from capture.packets.records import Findings, TcpConnections
 from capture.packets.tcp import Reassembly
+from capture.packets.tcp_connections import TcpConnections
 from capture.packets.tshark import Decryptor, Decryptors
 from halton_meter.model import Direction, TlsChunk, TlsClosed
 from tests.fuzz import attack as driver
@@ -180,9 +181,9 @@ def _read(path: Path) -> list[TlsChunk | TlsClosed]:
     assert not [cause for cause in losses if cause.startswith("tls_records_unreadable_")], losses
     assert reassembly._waiting_bytes == 0
     assert not reassembly._waiting
-    assert conversations._held_bytes == conversations._kept_bytes == 0
+    assert conversations._held_bytes == conversations._cutter._kept_bytes == 0
     assert not conversations._holding
-    assert not conversations._keeping
+    assert not conversations._cutter._keeping
     return items
 
 

@@ -157,7 +157,7 @@ def _source(dice: random.Random) -> None:
         with contextlib.suppress(ProtocolViolation):
             while not source.ended:
                 events += source.read(1.0)
-        events += source._events
+        events += source._progress.events
     finally:
         source.stop(wait=False)
     first = next(event for event in events if isinstance(event, TlsChunk))

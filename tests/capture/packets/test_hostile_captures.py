@@ -18,11 +18,20 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from capture.packets import capfile, input_files, keylog, opening, records, tcp, tshark
+from capture.packets import (
+    capfile,
+    input_files,
+    keylog,
+    opening,
+    records,
+    tcp,
+    tcp_connections,
+    tshark,
+)
 from capture.packets.capfile import CaptureFile, secrets_in
+from capture.packets.findings import Findings
 from capture.packets.input_files import InputFile
 from capture.packets.keylog import KeyLog, read_key_log
-from capture.packets.records import Findings
 from capture.pcap import PcapSource
 from halton_meter.cli import main
 from halton_meter.cli.replay import replay as replay_command
@@ -147,20 +156,20 @@ def test_segments_that_wait_are_counted_as_well_as_their_bytes(
 def test_what_connections_hold_back_is_bounded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(records, "KEPT_BYTES_MAX", 10_000)
+    monkeypatch.setattr(tcp_connections, "KEPT_BYTES_MAX", 10_000)
     packets = []
     for number in range(60):
         client = struct.pack("!I", 0x0B000000 + number)
         packets.append(evil.segment(1, flags=SYN, client=client))
         packets.append(evil.segment(7, bytes(500), sent=False, client=client))
     held: list[int] = []
-    began = records.TcpConnections.received
+    began = tcp_connections.TcpConnections.received
 
-    def received(self: records.TcpConnections, *arguments: object) -> None:
+    def received(self: tcp_connections.TcpConnections, *arguments: object) -> None:
         began(self, *arguments)  # type: ignore[arg-type]
         held.append(self._held_bytes)
 
-    monkeypatch.setattr(records.TcpConnections, "received", received)
+    monkeypatch.setattr(tcp_connections.TcpConnections, "received", received)
     assert read(write(tmp_path / "a.pcap", evil.pcap_of(packets))).connections == 60
     assert 9_000 < max(held) <= 10_000
 
@@ -175,13 +184,13 @@ def test_unfinished_records_are_bounded_and_those_given_up_counted(
         for number in range(60)
     ]
     kept: list[int] = []
-    began = records.TcpConnections.received
+    began = tcp_connections.TcpConnections.received
 
-    def received(self: records.TcpConnections, *arguments: object) -> None:
+    def received(self: tcp_connections.TcpConnections, *arguments: object) -> None:
         began(self, *arguments)  # type: ignore[arg-type]
-        kept.append(self._kept_bytes)
+        kept.append(self._cutter._kept_bytes)
 
-    monkeypatch.setattr(records.TcpConnections, "received", received)
+    monkeypatch.setattr(tcp_connections.TcpConnections, "received", received)
     findings = read(write(tmp_path / "a.pcapng", evil.pcapng_of(packets)))
     assert 9_000 < max(kept) <= 10_000
     assert findings.losses["tls_records_given_up_early"] == 49
@@ -191,13 +200,13 @@ def test_empty_handshake_messages_do_not_pile_up(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     kept: list[int] = []
-    began = records.TcpConnections.received
+    began = tcp_connections.TcpConnections.received
 
-    def received(self: records.TcpConnections, *arguments: object) -> None:
+    def received(self: tcp_connections.TcpConnections, *arguments: object) -> None:
         began(self, *arguments)  # type: ignore[arg-type]
-        kept.append(self._kept_bytes)
+        kept.append(self._cutter._kept_bytes)
 
-    monkeypatch.setattr(records.TcpConnections, "received", received)
+    monkeypatch.setattr(tcp_connections.TcpConnections, "received", received)
     read(write(tmp_path / "a.pcap", evil.handshakes_of_nothing(50)))
     assert len(kept) > 50
     assert max(kept) < 2 * records.BATCH_BYTES_MAX

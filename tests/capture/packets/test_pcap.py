@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from capture.packets import tls, tshark
-from capture.packets.records import Findings
+from capture.packets.findings import Findings
 from capture.pcap import NEXT_FILE_NS_MAX, PcapSource
 from halton_meter.model import Direction, TlsChunk, TlsClosed
 from tests.support.quick import first
