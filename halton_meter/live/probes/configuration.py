@@ -2,7 +2,7 @@
 
 Root's choice comes from the supervisor, which alone may say which hosts are watched; the user's own
 rules and prices are read here. What is wrong in either is kept for `status`. No file is read in
-here: `live/pipeline.py` does, and the values are judged in `halton_meter/config.py`.
+here: `live/pipeline.py` does, and `halton_meter/config_values.py` judges the values.
 """
 
 from __future__ import annotations
