@@ -11,8 +11,8 @@
     webhook = "http://127.0.0.1:9000/spent"
     counts = "billed"          # what is paid beyond plans; else the price at list
 
-A budget with a wrong value is left out as a whole: half of a limit is no limit. `config.py` reads
-the file and calls this; it writes nothing.
+A budget with a wrong value is left out as a whole: half of a limit is no limit. `config_values.py`
+calls this; it reads and writes no file.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _ACTION_WORDS = {
 
 
 class Judge(Protocol):
-    """Takes note of what is wrong at some keys of the file (`config.py` has one)."""
+    """Takes note of what is wrong at some keys of the file (`config_values.py` has one)."""
 
     def refuse(self, what: str, *keys: str | int) -> None:
         """The value is not used."""

@@ -544,7 +544,7 @@ def test_nothing_that_a_client_asks_ends_the_proxys_service(raw: bytes) -> None:
             near, far = socket.socketpair()
             reader, writer = await asyncio.open_connection(sock=far, limit=REQUEST_BYTES_MAX)
             theirs, out = await asyncio.open_connection(sock=near)
-            talking = asyncio.ensure_future(service._converse(reader, writer))
+            talking = asyncio.ensure_future(service._control.converse(reader, writer))
             out.write(said)
             out.write_eof()
             told = b""

@@ -17,13 +17,13 @@ from halton_meter.accounts import home_folder
 from halton_meter.config import (
     Config,
     ConfigError,
-    ProxyConfig,
     load,
     parse,
     read,
     read_text,
 )
 from halton_meter.providers.registry import Registry
+from halton_meter.proxy_settings import ProxyConfig
 
 
 def test_no_file_means_defaults(tmp_path: Path) -> None:

@@ -40,12 +40,12 @@ from halton_meter.config import (
     Config,
     ConfigError,
     Loaded,
-    ProxyConfig,
     read,
     read_system,
     read_text,
 )
 from halton_meter.problem import Problem
+from halton_meter.proxy_settings import ProxyConfig
 from halton_meter.toml_file import look, too_large
 
 EXAMPLES = """

@@ -1,9 +1,10 @@
 """The control socket's two ends: a service listens in the data folder, a command asks.
 
 One request a line, one answer a line, JSON; the answering service decides what can be asked
-(`probes/worker.py`, `proxy/service.py`). The socket is the user's: mode 0600, and the peer's user
-is checked besides. Where the folder can hold no socket (a full or read-only disk, a deleted
-folder), it has a name outside of the file system. Light to import, as `status` and `run` must be.
+(`probes/control_answers.py`, `proxy/service.py`). The socket is the user's: mode 0600, and the
+peer's user is checked besides. Where the folder can hold no socket (a full or read-only disk, a
+deleted folder), it has a name outside of the file system. Light to import, as `status` and `run`
+must be.
 """
 
 from __future__ import annotations

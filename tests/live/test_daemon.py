@@ -29,7 +29,7 @@ from halton_meter.coverage import Count, Coverage, Part
 from halton_meter.live.control import REQUEST_BYTES_MAX, SOCKET_NAME, Control, ServiceAbsent
 from halton_meter.live.outages import Outages
 from halton_meter.live.pipeline import prepare_home
-from halton_meter.live.probes import metering, service, supervisor
+from halton_meter.live.probes import control_answers, metering, service, supervisor
 from halton_meter.live.probes.job import Job
 from halton_meter.live.restarts import cause_of_death
 from halton_meter.live.totals import MODELS_MAX, Totals
@@ -473,7 +473,8 @@ class Running:
         self.output = io.StringIO()
         stdin = os.fdopen(theirs.detach())
         monkeypatch.setattr(sys, "stdin", stdin)
-        monkeypatch.setattr(metering, "send", self._tell)
+        for part in (metering, control_answers):
+            monkeypatch.setattr(part, "send", self._tell)
         self.told: list[dict[str, Any]] = []
         self.source, self.store = FakeSource(), FakeStore()
         self.home = home

@@ -30,8 +30,8 @@ from halton_meter.config import (
     Config,
     ConfigError,
     Loaded,
-    is_host,
 )
+from halton_meter.host_names import is_host
 from halton_meter.live.control import ask_service
 from halton_meter.live.held import HeldCommand
 from halton_meter.live.probes.command import Signals, attend, prepared

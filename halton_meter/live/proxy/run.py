@@ -272,8 +272,8 @@ class _Background:
             if refused := service.edge.counts["refused_other_user"]:
                 losses["refused_other_user"] = refused
             run.losses = dict(losses)
-            run.unmetered += service.unmetered()
-            run.connections = service.connections
+            run.unmetered += service.seen.unmetered()
+            run.connections = service.seen.connections
             run.outages = list(service.outages)
             run.store_error = service.final.get("store_error")
             run.price_error = service.final.get("price_error")
@@ -287,7 +287,7 @@ class _Background:
         # The service for uprobes counts, and meters, what goes past the proxy.
         if not (Path(self._job.home) / control.SOCKET_NAME).exists():
             for row in run.unmetered:
-                service.count_connections(row.program, row.host or "", row.cause, row.connections)
+                service.seen.count(row.program, row.host or "", row.cause, row.connections)
         await service.stop(0.0)
 
 

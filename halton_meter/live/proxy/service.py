@@ -4,6 +4,7 @@ The edge (`proxy_fallback/edge/edge.py`) runs in this process and little else do
 clients' connections. The worker, `proxy/worker.py`, is another process with mitmproxy, the pipeline
 and the store. A worker that dies or hangs is restarted; meanwhile the edge passes everything on
 undecrypted, and the outage is recorded. `proxy/run.py` runs this for the service and one command.
+Which connections were metered is counted in `client_connections.py`.
 """
 
 from __future__ import annotations
@@ -26,33 +27,21 @@ from typing import Any
 
 from halton_meter import untrusted
 from halton_meter.accounts import invoking_account
-from halton_meter.coverage import Coverage, Part
 from halton_meter.live import own_code
 from halton_meter.live import status as vocabulary
 from halton_meter.live.control import (
     PROXY_SOCKET_NAME,
-    REQUEST_BYTES_MAX,
-    Listener,
-    is_friend,
     remove_dead_run_sockets,
     run_socket_name,
 )
-from halton_meter.live.in_flight import rows_of
 from halton_meter.live.losses import MESSAGES_REFUSED, Losses
 from halton_meter.live.outages import PROXY_LIST_NAME, PROXY_STATE_NAME, Downtime, Outages
-from halton_meter.live.proxy.programs import CERTIFICATE, client_of, process_of
-from halton_meter.live.proxy.refusals_file import RUN_NAME, SERVICE_NAME, RefusalsFile
-from halton_meter.live.proxy.worker import (
-    CA_FOLDER,
-    LINE_BYTES_MAX,
-    Job,
-    job_line,
-    provider_hosts,
-)
-from halton_meter.live.remedies import fix_for
+from halton_meter.live.proxy.client_connections import HOST_CHARACTERS_MAX, ClientConnections
+from halton_meter.live.proxy.control_server import ControlServer
+from halton_meter.live.proxy.programs import client_of, process_of
+from halton_meter.live.proxy.worker import LINE_BYTES_MAX, Job, job_line, provider_hosts
+from halton_meter.live.proxy.worker_answers import SAID_CHARACTERS_MAX, WorkerAnswers
 from halton_meter.live.restarts import Restarts, cause_of_death
-from halton_meter.live.totals import Totals
-from halton_meter.live.unmetered import Unmetered
 from proxy_fallback.edge.access import allowed_uids
 from proxy_fallback.edge.edge import Edge, HostSet, raise_descriptor_limit
 from proxy_fallback.edge.pulse import Pulse
@@ -68,14 +57,11 @@ ALIVE_TICKS = 10
 # How often an unreadable configuration is read again.
 CONFIGURE_EVERY_S = 5.0
 REREAD_TICKS = 5
-STATUS_S_MAX = 2.0
 # After a standstill of ours, what clients did meanwhile is told within so long.
 UNSETTLED_S = 3.0
 # Limits of a worker's messages.
 READ_BYTES = 16 << 10
-SAID_CHARACTERS_MAX = 1000
-HOSTS_MAX, HOST_CHARACTERS_MAX = 10_000, 255
-PROGRAMS_MAX = 512
+HOSTS_MAX = 10_000
 
 
 class ProxyService:
@@ -106,7 +92,6 @@ class ProxyService:
             _served(),
             secrets.token_hex(16),
         )
-        self.edge.on_bypass = self._on_bypass
         self.on_limit: Callable[[dict[str, Any]], object] | None = None  # that refuses a request
         self.addresses: list[str] = []
         self.outages: list[tuple[int, int, str]] = []
@@ -127,33 +112,21 @@ class ProxyService:
         self._cause: str | None = trouble
         self._restarts = Restarts()
         self._downtime = Downtime()  # in which provider hosts are not metered
+        self._bypassed_before = 0  # connections that had passed unmetered when it began
         self._was_ready = False
         self._is_replaced = False  # the worker was asked to end, for the next one
-        self._bypassed_now = 0
-        self._unreported: Counter[str] = Counter()
         self._pings_missed = 0
-        self._last_status: dict[str, Any] = {}
-        self._replies: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._serial = itertools.count(1)
+        self._asked = WorkerAnswers(self._send)
         self._stopping = asyncio.Event()
         self._pulse = Pulse()
         self._paused = False
         self._resumed = asyncio.Event()
         self._settled = asyncio.Event()  # ready for the first time, or known not to become so
         self._tasks: list[asyncio.Task[None]] = []
-        self._control: asyncio.Server | None = None
-        self._socket_name = PROXY_SOCKET_NAME if job.service else run_socket_name(os.getpid())
-        self._listener = Listener(self.home, self._socket_name)
+        name = PROXY_SOCKET_NAME if job.service else run_socket_name(os.getpid())
+        self._control = ControlServer(self.home, name, self._answer, self._refuse_message)
         self._owed: Counter[str] = Counter()
-        certificate = self.home / CA_FOLDER / CERTIFICATE
-        name = SERVICE_NAME if job.service else RUN_NAME
-        self._refusals = RefusalsFile(self.home / name, certificate)
-        # Connections to providers that clients used: all, and those that no worker has stored.
-        self.connections = Coverage(is_known=True)
-        self._unreported_connections = Coverage()
-        # Connections that ended because their program refused our certificate, by (program, host).
-        self._refused: Counter[tuple[str | None, str]] = Counter()
-        self._refusals_kept: list[tuple[str, str | None]] = []
+        self.seen = ClientConnections(self.edge, self.home, self._lets_down, service=job.service)
 
     # --- begin and end
 
@@ -166,7 +139,7 @@ class ProxyService:
                 self._kept.begin(self._started_ns)
         else:
             remove_dead_run_sockets(self.home)
-        await self._listen()
+        await self._control.renew()
         self._pulse.start()
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._keep_worker()), loop.create_task(self._tick_on())]
@@ -192,12 +165,8 @@ class ProxyService:
         self._stopping.set()
         self._resumed.set()
         await self.edge.stop(drain_s)
-        if self._control is not None:
-            self._control.close()
-            self._listener.close()
-            with contextlib.suppress(OSError):
-                (self.home / self._socket_name).unlink()
-        self._report_bypassed()
+        self._control.close()
+        self._report_passed()
         self._send({"finish": True})
         if self._tasks:
             # Not cancelled at once: asyncio may wait for ever for a child cancelled at its start.
@@ -308,7 +277,10 @@ class ProxyService:
         try:
             self._take(message)
         except Exception:
-            self.losses.count(MESSAGES_REFUSED, 1)
+            self._refuse_message()
+
+    def _refuse_message(self) -> None:
+        self.losses.count(MESSAGES_REFUSED, 1)
 
     def _take(self, message: dict[str, Any]) -> None:
         if "lost" in message:
@@ -329,80 +301,16 @@ class ProxyService:
             self._pings_missed = 0
             if self._state == "hung" and self._port is not None:
                 self._up()
-        self._take_handshake(message)
-        if "status" in message:
-            self._last_status = status = _status(untrusted.table(message, "status"))
-            reply = self._replies.pop(untrusted.whole_number(message, "serial") or 0, None)
-            if reply is not None and not reply.done():
-                reply.set_result(status)
-        if "in_flight" in message:
-            reply = self._replies.pop(untrusted.whole_number(message, "serial") or 0, None)
-            if reply is not None and not reply.done():
-                rows, more = rows_of(untrusted.table(message, "in_flight"))
-                reply.set_result({"rows": rows, "more": more})
+        self.seen.take_handshake(message)
+        self._asked.take(message)
         if "final" in message:
-            self.final = self._last_status = _status(message)
+            self.final = self._asked.take_final(message)
             self.losses.take(message)
-
-    def _take_handshake(self, message: dict[str, Any]) -> None:
-        """What the worker says of how a program took our certificate."""
-        trust = self.edge.trust
-        if "opened" in message:
-            address, port = message["opened"]
-            self.edge.opened.append((untrusted.printable(address), int(port)))
-        if "judged" in message:
-            trust.judged(untrusted.printable(message["judged"], HOST_CHARACTERS_MAX))
-        for what in ("refused", "left", "trusted", "passed"):
-            if what not in message:
-                continue
-            host, program, *rest = message[what]
-            host = untrusted.printable(host, HOST_CHARACTERS_MAX)
-            program = untrusted.text({"program": program}, "program", SAID_CHARACTERS_MAX)
-            stack = untrusted.text(message, "stack")
-            if stack is not None and len(self._refusals.stacks) < PROGRAMS_MAX:
-                self._refusals.stacks[program] = stack
-            if what == "refused":
-                if rest[0] is True or not self._lets_down():
-                    trust.refuse(host, program, rest[0] is True)
-            elif what == "left" and not self._lets_down():
-                trust.left(host, program, rest[0] is True)
-            elif what == "trusted":
-                trust.trust(host, program)
-                self.count_connections(program, host, None)
-            elif what == "passed":
-                self.edge.counts["metered"] -= 1
-                self.edge.count_bypass(host, "trust_not_configurable", program)
-            if what in ("refused", "left"):
-                self._count_refused(host, program)
-        self._keep_refusals()
-
-    def _count_refused(self, host: str, program: str | None) -> None:
-        """Count an attempt that failed because of our certificate, for those who read the end."""
-        key = (program, host)
-        known = key in self._refused or len(self._refused) < PROGRAMS_MAX
-        if known and self.edge.trust.is_refused(host, program):
-            self._refused[key] += 1
 
     def _lets_down(self) -> bool:
         """Whether clients may leave because of us: we close, or we or the worker stood still."""
         still = self._pulse.stood_still_since(time.monotonic() - UNSETTLED_S)
         return self._stopping.is_set() or self._state != "ready" or still
-
-    def _keep_refusals(self) -> None:
-        certain = self.edge.refusals()
-        if certain != self._refusals_kept:
-            self._refusals_kept = certain
-            self._refusals.write(certain)
-
-    def unmetered(self) -> list[Unmetered]:
-        """The connections to providers that passed unmetered, by program, host and cause."""
-        rows = []
-        refused = {(*key, "certificate_refused_now"): n for key, n in self._refused.items()}
-        for (program, host, cause), count in (refused | self.edge.unmetered).items():
-            stack = self._refusals.stacks.get(program)
-            fix = fix_for(cause, program, stack, service=self.job.service)
-            rows.append(Unmetered(program, host, count, cause, stack, fix))
-        return rows
 
     def _send(self, message: dict[str, Any]) -> bool:
         if self._process is None or self._process.stdin is None:
@@ -418,8 +326,7 @@ class ProxyService:
         self._state, self._was_ready = "ready", True
         self._end_downtime()
         if not again:  # earlier there may have been no certificate authority
-            self.edge.trust.known(self._refusals.read())
-            self._refusals_kept = self.edge.refusals()
+            self.seen.recall_refusals()
         self.edge.send_to(self._port, self._accepted)
         self._settled.set()
         self._say("metering again" if again else f"metering into {self.home}")
@@ -428,7 +335,7 @@ class ProxyService:
         self.edge.bypass(code)
         self._state, self._port = state, self._port if state == "hung" else None
         if self._downtime.begin(self._cause or "the proxy worker did not run"):
-            self._bypassed_now = 0
+            self._bypassed_before = self.seen.bypassed
 
     def _end_downtime(self) -> None:
         """Provider hosts are metered again, or nobody expects it any more: keep the outage."""
@@ -436,8 +343,8 @@ class ProxyService:
         if outage is None:
             return
         from_ns, to_ns, cause = outage
-        if self._bypassed_now:
-            cause += f"; {self._bypassed_now} connections to providers were not metered"
+        if bypassed := self.seen.bypassed - self._bypassed_before:
+            cause += f"; {bypassed} connections to providers were not metered"
         self.outages.append((from_ns, to_ns, cause))
         if self._kept is not None:
             with contextlib.suppress(OSError):
@@ -457,28 +364,11 @@ class ProxyService:
         self._paused, self._state = False, "starting"
         self._resumed.set()
 
-    def _on_bypass(self, host: str, cause: str, program: str | None) -> None:
-        self._bypassed_now += 1
-        self.count_connections(program, host, cause)
-        self._unreported[f"unmetered_{cause}"] += 1
-
-    def count_connections(
-        self, program: str | None, host: str, cause: str | None, connections: int = 1
-    ) -> None:
-        """Count connections to a provider, for coverage; `cause` is None for metered ones."""
-        part = Part(program, host, self._refusals.stacks.get(program), cause)
-        for counted in (self.connections, self._unreported_connections):
-            counted.add(part, connections, None)
-
-    def _report_bypassed(self) -> None:
+    def _report_passed(self) -> None:
         """Let the worker store the counts of what passed unmetered, and of what was metered."""
         if self._state != "ready":
             return
-        counted = self._unreported_connections
-        if counted.parts and self._send({"connections": counted.as_json()}):
-            self._unreported_connections = Coverage()
-        if self._unreported and self._send({"losses": self._unreported}):
-            self._unreported = Counter()
+        self.seen.report(self._send)
         # What a dead worker owed; from now on the next one reports what is still owed.
         if self._owed and self._send({"losses": self._owed}):
             self._owed = Counter()
@@ -516,10 +406,10 @@ class ProxyService:
 
     async def _tick(self, tick: int) -> None:
         self._revive_keeping()
-        self._report_bypassed()
+        self._report_passed()
         if self._kept is not None and tick % ALIVE_TICKS == 0:
             self._kept.alive(time.time_ns())
-            await self._listen()
+            await self._control.renew()
         if tick % REREAD_TICKS == 0 and self._state == "ready" and self.job.config_error:
             self._take_corrected()
         asked = self.edge.clients or self._pings_missed or tick % QUIET_TICKS == 0
@@ -558,39 +448,9 @@ class ProxyService:
             self._cause = "the proxy worker did not answer"
             self._down("worker_hung", "hung")
         self._pings_missed += 1
-        self._send({"ping": next(self._serial)})
+        self._asked.ping()
 
     # --- the control socket
-
-    async def _listen(self) -> None:
-        with contextlib.suppress(OSError):  # no status then, but traffic goes on
-            if not self._listener.renew() or self._listener.socket is None:
-                return
-            if self._control is not None:
-                self._control.close()
-            listener = self._listener.socket.dup()
-            listener.setblocking(False)
-            self._control = await asyncio.start_unix_server(
-                self._converse, sock=listener, limit=REQUEST_BYTES_MAX
-            )
-
-    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            # Outside of the folder, no file mode keeps other users out.
-            friend = self._listener.has_file or is_friend(writer.get_extra_info("socket"))
-            while friend and (line := await reader.readline()):
-                request = untrusted.parsed(line)
-                if request is None:
-                    self.losses.count(MESSAGES_REFUSED, 1)
-                    break
-                answer = await self._answer(request)
-                writer.write(json.dumps(answer).encode() + b"\n")
-                await writer.drain()
-        except (OSError, ValueError):  # the client is gone, or its line was too long
-            pass
-        except Exception:  # no request may end the service
-            self.losses.count(MESSAGES_REFUSED, 1)
-        writer.close()
 
     async def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         asked = request.get("ask")
@@ -612,14 +472,13 @@ class ProxyService:
         if asked == "reload":
             return self.reload()
         if asked == "forget":
-            self.edge.forget_refusals()
-            self._keep_refusals()
+            self.seen.forget_refusals()
             return {"forgotten": True}
         return {"error": "unknown request"}
 
     async def status(self) -> dict[str, Any]:
         """Everything that `halton-meter status --json` shows of the proxy."""
-        worker = await self._ask_worker("status") or self._last_status
+        worker = await self._ask_worker("status") or self._asked.last_status
         edge = self.edge
         bypassed = [
             {"host": host, "cause": cause, "connections": count}
@@ -662,53 +521,21 @@ class ProxyService:
             "counts": {**edge.counts, **worker.get("turned_away", {})},
             "bypassed": bypassed,
             "refused": [{"host": host, "program": program} for host, program in edge.refusals()],
-            "coverage_of_connections": self.connections.as_json(),
-            "unmetered": [each.as_json() for each in self.unmetered()],
+            "coverage_of_connections": self.seen.connections.as_json(),
+            "unmetered": [each.as_json() for each in self.seen.unmetered()],
             "certificate_usable": usable,
             "refused_at_limit": worker.get("refused_at_limit") or 0,
             "budget_error": worker.get("budget_error"),
         }
 
     async def _ask_worker(self, what: str) -> dict[str, Any] | None:
-        """The worker's answer; None where it gives none in time."""
-        serial = next(self._serial)
-        reply: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        if self._state == "ready" and self._send({what: serial}):
-            self._replies[serial] = reply
-            with contextlib.suppress(TimeoutError):
-                return await asyncio.wait_for(reply, STATUS_S_MAX)
-            self._replies.pop(serial, None)
-        return None
+        """The worker's answer; None where it is not ready, or gives none in time."""
+        return await self._asked.ask(what) if self._state == "ready" else None
 
 
 def _served() -> frozenset[int]:
     """Users whose connections are accepted: ours, root and, under sudo, the user who called it."""
     return allowed_uids({invoking_account().uid} if os.geteuid() == 0 else ())
-
-
-_COUNTS = (
-    "events",
-    "journal_waiting",
-    "journal_repeated",
-    "expired",
-    "held",
-    "refused_at_limit",
-)
-_TEXTS = ("last_event_at", "store_error", "store_error_since", "price_error", "budget_error")
-
-
-def _status(told: dict[str, Any]) -> dict[str, Any]:
-    """A worker's status, limited to valid fields."""
-    found: dict[str, Any] = {name: untrusted.whole_number(told, name) for name in _COUNTS}
-    found |= {name: untrusted.text(told, name, SAID_CHARACTERS_MAX) for name in _TEXTS}
-    found["damaged_databases"] = untrusted.texts(told, "damaged_databases", 20, SAID_CHARACTERS_MAX)
-    for name in ("losses", "turned_away"):
-        found[name] = untrusted.counts(told, name)
-    try:
-        found["totals"] = Totals.of_json(told.get("totals")).as_json()
-    except ValueError:
-        found["totals"] = None
-    return found
 
 
 def _hosts(message: dict[str, Any]) -> list[str]:
