@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from halton_meter.config import ConfigError
+from halton_meter.settings.config import ConfigError
 
 if TYPE_CHECKING:
     import pwd

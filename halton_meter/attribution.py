@@ -21,7 +21,7 @@ from pathlib import PurePosixPath
 from typing import Protocol
 
 from halton_meter.model import NO_PROJECT, Process
-from halton_meter.project_rules import NO_RULES, ProjectRules
+from halton_meter.settings.projects import NO_RULES, ProjectRules
 
 DEFAULT_PROJECT = "misc"
 

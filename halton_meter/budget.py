@@ -1,6 +1,6 @@
 """A budget: how many dollars, of whose requests, for how long, and what follows at the limit.
 
-`Budget` is what the user chose, read by `budget_settings.py`. `Spent` is what one request cost, as
+`Budget` is what the user chose, read by `settings/budgets.py`. `Spent` is what one request cost, as
 far as budgets ask. Knows no file, no clock and no database; sums are `spending/`. Standard library
 only.
 """

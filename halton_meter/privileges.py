@@ -22,7 +22,7 @@ from typing import Any
 
 from halton_meter import untrusted
 from halton_meter.accounts import HOME_VARIABLE, Account, caller, home_folder, invoking_account
-from halton_meter.config import ConfigError
+from halton_meter.settings.config import ConfigError
 
 ENVIRONMENT_BYTES_MAX = 4 << 20
 ANSWER_BYTES_MAX = 4 << 20

@@ -35,7 +35,6 @@ from capture.helper.relay.spool import SPOOL_BYTES, Receipt, Spool
 from capture.helper.scope import Refused
 from halton_meter import privileges, untrusted
 from halton_meter.accounts import Account
-from halton_meter.config import Config, ConfigError
 from halton_meter.live.control import REQUEST_BYTES_MAX, Answering, Client, Control
 from halton_meter.live.flushing import Flusher
 from halton_meter.live.probes import supervisor
@@ -43,6 +42,7 @@ from halton_meter.live.probes.service import _checked
 from halton_meter.live.proxy import service as proxy_service
 from halton_meter.live.proxy.worker import Job as WorkerJob
 from halton_meter.live.totals import Totals
+from halton_meter.settings.config import Config, ConfigError
 from halton_meter.untrusted import Lines, parsed
 
 ANN = Account(1000, 1000, "ann", Path("/home/ann"), "/bin/sh")

@@ -283,8 +283,8 @@ def _settle(*, needs_root: bool) -> None:
     if sys.platform == "win32" or os.geteuid() != 0:
         return
     from halton_meter.cli.output import fail  # now: the user may not be able to read it
-    from halton_meter.config import ConfigError
     from halton_meter.privileges import settle
+    from halton_meter.settings.config import ConfigError
 
     try:
         settle(needs_root=needs_root)

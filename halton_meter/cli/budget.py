@@ -38,7 +38,7 @@ from halton_meter.cli.output import (
     wrong_usage,
 )
 from halton_meter.cli.selection import now_ns
-from halton_meter.config import ConfigError
+from halton_meter.settings.config import ConfigError
 
 UNDER, OVER, NOT_KNOWN = 0, 1, 3
 NONE_YET = "No budget yet. Set one: halton-meter budget set daily 20 --per day"

@@ -94,7 +94,7 @@ def set_(name: str, usd: Decimal | None, **options: Any) -> None:
       halton-meter budget set talk 5 --per session
       halton-meter budget set models 40 --per week --each model --webhook http://127.0.0.1:9000/
     """
-    from halton_meter.budget_settings import NAME, NAME_RULE
+    from halton_meter.settings.budgets import NAME, NAME_RULE
 
     if not NAME.fullmatch(name):
         wrong_usage(
@@ -135,7 +135,7 @@ def _given(usd: Decimal | None, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _names() -> list[str]:
-    from halton_meter import config
+    from halton_meter.settings import config
 
     return [each.name for each in config.read(home_folder()).config.budgets]
 

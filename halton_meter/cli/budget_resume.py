@@ -20,8 +20,8 @@ from halton_meter.spending.windows import window
 
 def go_on(home: Path, names: Sequence[str], more_usd: Decimal | None, everything: bool) -> None:
     """Carry it out, and say what was done; ends the command where there is nothing to do."""
-    from halton_meter import config
     from halton_meter.cli.budget_sums import is_there
+    from halton_meter.settings import config
 
     budgets = {each.name: each for each in config.read(home).config.budgets}
     try:

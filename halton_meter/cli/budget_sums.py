@@ -21,7 +21,7 @@ def configured(
     names: Sequence[str] = (), unknown: Callable[[str, str], NoReturn] = _fail
 ) -> tuple[Path, tuple[Budget, ...]]:
     """The data folder and its budgets, or those named; ends the command for an `unknown` name."""
-    from halton_meter import config
+    from halton_meter.settings import config
     from halton_meter.toml_file import nearest
 
     home = home_folder()
@@ -49,7 +49,7 @@ def sums_of(home: Path, budgets: Sequence[Budget], at_ns: int) -> tuple[Any, str
 
 def every(home: Path, budgets: Sequence[Budget]) -> tuple[Budget, ...]:
     """These budgets, and the others of the configuration: a baseline is of all of them."""
-    from halton_meter import config
+    from halton_meter.settings import config
 
     named = {each.name for each in budgets}
     others = (each for each in config.read(home).config.budgets if each.name not in named)

@@ -8,7 +8,6 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from halton_meter.budget import Budget
-from halton_meter.budget_settings import described, host_of
 from halton_meter.cli.output import (
     UNKNOWN,
     aligned,
@@ -21,6 +20,7 @@ from halton_meter.cli.output import (
 )
 from halton_meter.contract import rfc3339, usd_text
 from halton_meter.live.caps import dollars
+from halton_meter.settings.budgets import described, host_of
 
 if TYPE_CHECKING:
     from halton_meter.spending.firing import Fired

@@ -32,7 +32,8 @@ from halton_meter.cli.output import (
     unwritten,
     wrong_usage,
 )
-from halton_meter.config import (
+from halton_meter.problem import Problem
+from halton_meter.settings.config import (
     CONFIG_BYTES_MAX,
     CONFIG_NAME,
     EDIT,
@@ -44,8 +45,7 @@ from halton_meter.config import (
     read_system,
     read_text,
 )
-from halton_meter.problem import Problem
-from halton_meter.proxy_settings import ProxyConfig
+from halton_meter.settings.proxy import ProxyConfig
 from halton_meter.toml_file import look, too_large
 
 EXAMPLES = """
@@ -173,7 +173,7 @@ def _as_json(row: _Row) -> dict[str, Any]:
 
 
 def _dotted(keys: tuple[str, ...]) -> str:
-    from halton_meter.project_rules import toml_key
+    from halton_meter.settings.projects import toml_key
 
     return ".".join(map(toml_key, keys))
 
@@ -484,7 +484,7 @@ def check(file: Path | None, system: bool, as_json: bool) -> None:
 def _read_file(name: Path, *, named: bool) -> Loaded:
     """What a file says; one that a user has `named` must be there."""
     from halton_meter import toml_file
-    from halton_meter.config import judged, not_toml
+    from halton_meter.settings.config import judged, not_toml
 
     ours = not named or name.absolute() == (_home(may_be_none=True) / CONFIG_NAME).absolute()
     try:

@@ -1,7 +1,7 @@
 """Changes config.toml for commands: comments stay, and what would be wrong is not written.
 
 `change` applies a function to the file as tomlkit has it, judges the result as every command does
-(`halton_meter/config.py`), and writes it whole or not at all. `reload_services` has what runs use
+(`settings/config.py`), and writes it whole or not at all. `reload_services` has what runs use
 it. It knows no key but the hosts'.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from halton_meter.cli.output import fail, note, say, unwritten, wrong_usage
-from halton_meter.config import CONFIG_BYTES_MAX, CONFIG_NAME, Loaded, read_text
 from halton_meter.problem import Problem
+from halton_meter.settings.config import CONFIG_BYTES_MAX, CONFIG_NAME, Loaded, read_text
 from halton_meter.toml_file import look, shown_value, too_large
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def reload_services(home: Path, *, uprobes: bool = True) -> list[str]:
 
 def _kept_port(home: Path, answer: Mapping[str, Any]) -> str | None:
     """Where the proxy goes on listening though another port is set, and what ends that."""
-    from halton_meter import config
+    from halton_meter.settings import config
     from proxy_fallback.setup.ledger import LEDGER_NAME
 
     port = config.read(home).config.proxy.port

@@ -17,7 +17,7 @@ from halton_meter.cli.output import complain, fail, note
 from halton_meter.problem import Problem
 
 if TYPE_CHECKING:
-    from halton_meter.config import Loaded
+    from halton_meter.settings.config import Loaded
 
 _VARIABLES = ("HALTON_METER_HOME", "HALTON_PROJECT")
 _OUR_VARIABLES = frozenset({*_VARIABLES, "HALTON_METER_REDIRECT", "HALTON_METER_CA"})
@@ -52,8 +52,8 @@ def told_here() -> bool:
 
     A data folder that cannot be one ends the command: there is nothing to go on with.
     """
-    from halton_meter import config
     from halton_meter.accounts import home_folder
+    from halton_meter.settings import config
 
     try:
         home = home_folder()
@@ -113,8 +113,8 @@ def stand_in_folder() -> None:
     import tempfile
 
     from halton_meter import accounts
-    from halton_meter.config import ConfigError
     from halton_meter.privileges import as_account
+    from halton_meter.settings.config import ConfigError
 
     try:
         home = accounts.home_folder()

@@ -130,8 +130,8 @@ def daemon(
 
     This is what systemd and launchd run. To run it in the background: sudo halton-meter start
     """
-    from halton_meter.config import ConfigError
     from halton_meter.problem import Unavailable
+    from halton_meter.settings.config import ConfigError
 
     if not foreground:
         way = "add --foreground, or start the service: sudo halton-meter start"
@@ -220,8 +220,9 @@ def _serve_key_log(owner: str | None, keys: tuple[Path, ...], interface: str | N
 
 
 def _serve_proxy(port: int | None) -> None:
-    from halton_meter import accounts, config
+    from halton_meter import accounts
     from halton_meter.live.proxy import run
+    from halton_meter.settings import config
 
     home = accounts.home_folder()
     for line in config.read(home).notes:
@@ -247,8 +248,9 @@ def _keep(via: str, port: int | None) -> int:
 
 def _proxy_spawner(port: int | None, command: list[str]) -> Callable[[], int]:
     """Starts the proxy on a socket that we hold: while it is dead, clients wait in its queue."""
-    from halton_meter import accounts, config
+    from halton_meter import accounts
     from halton_meter.problem import Unavailable
+    from halton_meter.settings import config
     from proxy_fallback.edge import listening
 
     try:

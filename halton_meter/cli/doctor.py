@@ -228,8 +228,8 @@ def _installed() -> Iterator[Finding]:
 
 
 def _settings(home: Path) -> Iterator[Finding]:
-    from halton_meter import config
     from halton_meter.cli.configured import no_folder
+    from halton_meter.settings import config
 
     if (what := no_folder(home)) is not None:
         yield Finding("data folder", False, what, breaks=True)

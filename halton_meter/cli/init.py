@@ -155,7 +155,8 @@ def _by_sudo(via: str, interactive: bool, dry_run: bool) -> None:
 
 def become_the_user() -> None:
     """Under sudo, what is set up for a user is set up by that user."""
-    from halton_meter import config, privileges
+    from halton_meter import privileges
+    from halton_meter.settings import config
 
     try:
         privileges.settle(needs_root=False)
@@ -307,8 +308,8 @@ def machine_here(platform: str | None = None) -> Machine:
 
     import proxy_fallback
     from halton_meter import accounts
-    from halton_meter.config import read
     from halton_meter.providers.registry import Registry
+    from halton_meter.settings.config import read
     from proxy_fallback.edge import listening
     from proxy_fallback.setup.machine import Machine
 

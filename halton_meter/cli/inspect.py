@@ -119,10 +119,10 @@ def _inspect_event(event_id: str, show_bodies: bool, as_json: bool) -> None:
 def _capture_of(event: PricedEvent, bodies: bool) -> tuple[Path, Packets, View] | None:
     """The capture that the request was replayed from, if it is still there: its one connection."""
     from capture.packets.tshark import TsharkMissing
-    from halton_meter.config import load
     from halton_meter.inspection.packets import NoPyshark, look
     from halton_meter.inspection.replayed import holding
     from halton_meter.inspection.view import view
+    from halton_meter.settings.config import load
 
     home = home_folder()
     for path in holding(home, event.usage.at_ns)[:CAPTURES_LOOKED_AT]:
@@ -202,9 +202,9 @@ def _tokens_text(tokens: dict[str, Any]) -> str:
 
 def _inspect_capture(path: Path, keys: tuple[Path, ...], bodies: bool, as_json: bool) -> None:
     from capture.packets.tshark import TsharkMissing
-    from halton_meter.config import load
     from halton_meter.inspection.packets import NoPyshark, Packets, look
     from halton_meter.inspection.view import view
+    from halton_meter.settings.config import load
 
     hosts = load(home_folder()).extra_hosts
     try:

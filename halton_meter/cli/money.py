@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from halton_meter.budget_settings import NotMoney, money
+from halton_meter.settings.budgets import NotMoney, money
 
 
 class Dollars(click.ParamType[Decimal]):

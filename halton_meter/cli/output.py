@@ -386,7 +386,7 @@ def problems_of(error: Exception) -> tuple[Problem, ...]:
     """What an error that came up to the command line says to people: the problems that it has, or
     the file that the system refused. None for all others: those are faults of ours.
     """
-    from halton_meter.config import ConfigError
+    from halton_meter.settings.config import ConfigError
 
     if isinstance(error, ConfigError | Unavailable):
         return error.problems

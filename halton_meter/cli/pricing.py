@@ -137,8 +137,8 @@ def not_a_file(path: Path, command: str) -> Problem:
 def _events_in(
     what: str, provider: str | None, model: str | None, at_ns: int | None
 ) -> list[UsageEvent]:
-    from halton_meter.config import load as load_config
     from halton_meter.explain.reader import NotExplained, events_of, stated_time
+    from halton_meter.settings.config import load as load_config
 
     name = "standard input" if what == _STDIN else what
     try:

@@ -1,6 +1,6 @@
 """`halton-meter project`: which projects there are, and the rules that say what belongs to each.
 
-Rules are `[projects]` of config.toml (`halton_meter/project_rules.py`). They count for new requests
+Rules are `[projects]` of config.toml (`settings/projects.py`). They count for new requests
 at once; `retag --rules` applies them to those that are stored. Exit codes: 0 done; 1 the store or
 the configuration cannot be read or written; 2 wrong usage, and nothing was written.
 """
@@ -15,7 +15,6 @@ from typing import Any
 
 import click
 
-from halton_meter import config as configuration
 from halton_meter.accounts import home_folder
 from halton_meter.cli import config_file
 from halton_meter.cli.configured import Configured
@@ -39,7 +38,8 @@ from halton_meter.cli.output import (
 from halton_meter.cli.selection import now_ns, store_problems
 from halton_meter.contract import rfc3339, usd_text
 from halton_meter.model import NO_PROJECT
-from halton_meter.project_rules import KINDS, ProjectRule, not_a_name, tilde
+from halton_meter.settings import config as configuration
+from halton_meter.settings.projects import KINDS, ProjectRule, not_a_name, tilde
 from halton_meter.store import NothingStored, Selection, Store
 from halton_meter.store.schema import DAY_SUMS
 

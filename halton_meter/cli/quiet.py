@@ -80,7 +80,7 @@ def still_pointed(home: Path) -> list[str] | None:
 
     None where the system does not show other programs' environments.
     """
-    from halton_meter import config
+    from halton_meter.settings import config
 
     if sys.platform != "linux":
         return None

@@ -72,8 +72,8 @@ def record(
     With --redact every text becomes filler before the file is written: see `halton-meter redact`.
     The command is also metered, as by run. Packets and probes need sudo.
     """
-    from halton_meter.config import ConfigError
     from halton_meter.problem import Unavailable
+    from halton_meter.settings.config import ConfigError
 
     while command and command[0] in ("--redact", "--quiet", "--via"):  # behind the file
         redacted, quiet = redacted or command[0] == "--redact", quiet or command[0] == "--quiet"

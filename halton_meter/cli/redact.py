@@ -72,8 +72,8 @@ def made(
     """
     from capture.packets.tshark import TsharkMissing
     from halton_meter.accounts import home_folder
-    from halton_meter.config import load
     from halton_meter.redaction.redact import NotRedacted, redact
+    from halton_meter.settings.config import load
 
     try:
         hosts = load(home_folder()).extra_hosts

@@ -356,10 +356,11 @@ class Replay:
 
     def __init__(self, job: Job, files: list[Path], problems: list[Problem]) -> None:
         from capture.pcap import PcapSource
-        from halton_meter import accounts, config
+        from halton_meter import accounts
         from halton_meter.memory import keep_freed_memory
         from halton_meter.meter import Meter
         from halton_meter.providers.registry import Registry
+        from halton_meter.settings import config
         from halton_meter.store import account_key, known_account_key
         from halton_meter.tokenizer import Tokenizer
 
@@ -605,7 +606,7 @@ def _pieces_of_stdin() -> Iterator[bytes]:
 
 def _run(job: Job, files: list[Path], problems: list[Problem]) -> bool:
     from capture.packets.tshark import TsharkMissing
-    from halton_meter.config import ConfigError
+    from halton_meter.settings.config import ConfigError
 
     try:
         return Replay(job, files, problems).run()

@@ -25,7 +25,7 @@ from halton_meter.cli.output import (
 )
 from halton_meter.cli.selection import now_ns, store_problems
 from halton_meter.model import NO_PROJECT
-from halton_meter.project_rules import not_a_name
+from halton_meter.settings.projects import not_a_name
 from halton_meter.store import NothingStored, Retagged, Store
 
 
@@ -95,7 +95,7 @@ def _named(project: str | None) -> str:
 
 def _by_rules(home: Path, apply_: bool, as_json: bool) -> None:
     from halton_meter.attribution import Attribution
-    from halton_meter.config import read
+    from halton_meter.settings.config import read
 
     chosen = read(home).config.project_rules
     if not chosen:

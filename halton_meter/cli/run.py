@@ -127,9 +127,9 @@ def run(
     started.
     """
     from halton_meter.accounts import invoking_account
-    from halton_meter.config import ConfigError
     from halton_meter.live.servers import asked_servers
     from halton_meter.problem import Unavailable
+    from halton_meter.settings.config import ConfigError
 
     if shell == bool(command):
         example = "halton-meter run -- claude -p hello   (or: halton-meter run --shell)"
@@ -174,7 +174,7 @@ def run(
 
 
 def _through_probes(command: Sequence[str], via: str, limit: RunLimit) -> RunResult:
-    from halton_meter import accounts, config, privileges
+    from halton_meter import accounts, privileges
     from halton_meter.cli.configured import told
     from halton_meter.live import own_code
     from halton_meter.live.control import Control
@@ -182,6 +182,7 @@ def _through_probes(command: Sequence[str], via: str, limit: RunLimit) -> RunRes
     from halton_meter.live.probes.supervisor import Plan
     from halton_meter.live.probes.watched_run import run_watched
     from halton_meter.problem import Unavailable
+    from halton_meter.settings import config
 
     if accounts.is_root() and (problems := own_code.problems()):
         raise Unavailable(problems)
@@ -263,9 +264,10 @@ def through_proxy(
     command: Sequence[str], limit: RunLimit, java: bool = False, record_fd: int | None = None
 ) -> RunResult:
     """Run a command metered by a local proxy of its own, as the user; maybe keep its exchanges."""
-    from halton_meter import accounts, config
+    from halton_meter import accounts
     from halton_meter.cli.configured import told
     from halton_meter.live.proxy.run import meter_command
+    from halton_meter.settings import config
 
     home = accounts.home_folder()
     found = config.read(home)
@@ -283,13 +285,14 @@ def through_key_log(
     is the call that has the right to capture, where it is none of `run`.
     """
     from capture.packets.keeping import CaptureWriter, Keeping
-    from halton_meter import accounts, config, privileges
+    from halton_meter import accounts, privileges
     from halton_meter.cli.configured import told
     from halton_meter.live import own_code
     from halton_meter.live.keylog.connectors import start_connectors
     from halton_meter.live.keylog.run import HTTPS, RUN_FIX, meter_command, start_capture
     from halton_meter.live.result import Recorded
     from halton_meter.problem import Unavailable
+    from halton_meter.settings import config
 
     if accounts.is_root() and (problems := own_code.problems()):
         raise Unavailable(problems)

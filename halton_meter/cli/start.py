@@ -139,9 +139,10 @@ def start_probes(
 
 def _prepare(account: Account, home: Path, users: Sequence[str]) -> None:
     """Fail now for what the service would only write into its log."""
-    from halton_meter import config, privileges
+    from halton_meter import privileges
     from halton_meter.cli.configured import told
     from halton_meter.live.probes import service
+    from halton_meter.settings import config
 
     try:
         of_root = config.read_system()
@@ -194,7 +195,8 @@ def _start_kept(
 
 def _users_log(log: Path, account: Account) -> int:
     """The descriptor of a log file that is the user's alone, and no link to elsewhere."""
-    from halton_meter import config, privileges
+    from halton_meter import privileges
+    from halton_meter.settings import config
 
     try:
         privileges.as_account(account, lambda: log.touch(0o600))
@@ -400,7 +402,8 @@ def _fail_for_disk(
     process: subprocess.Popen[bytes] | None = None,
 ) -> None:
     """Fail if the user's disk refuses writes: the log, on the same disk, cannot say so."""
-    from halton_meter import config, privileges, untrusted
+    from halton_meter import privileges, untrusted
+    from halton_meter.settings import config
 
     def trouble() -> str | None:
         from halton_meter.store.errors import refusal

@@ -35,8 +35,9 @@ def stop(via: str) -> None:
     On a machine that `halton-meter init` has set up, the proxy stays and passes everything on:
     without it, the programs that were set up to use it would lose the network.
     """
-    from halton_meter import accounts, config, privileges
+    from halton_meter import accounts, privileges
     from halton_meter.live.control import ask_service
+    from halton_meter.settings import config
 
     account, home = accounts.invoking_account(), accounts.home_folder()
     try:

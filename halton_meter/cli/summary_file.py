@@ -56,7 +56,8 @@ def _refused(path: Path, folder: Path, what: str) -> tuple[str, str] | None:
 
 def write_summary(named: str, summary: dict[str, Any]) -> None:
     """Write it; where that fails, say so: the exit code stays the command's own."""
-    from halton_meter import accounts, config, privileges
+    from halton_meter import accounts, privileges
+    from halton_meter.settings import config
 
     if names_stdout(named):
         try:

@@ -159,7 +159,8 @@ def _tshark() -> str | None:
 
 
 def _data() -> Iterator[tuple[str, Any]]:
-    from halton_meter import accounts, config
+    from halton_meter import accounts
+    from halton_meter.settings import config
     from halton_meter.store import Store, schema
     from pricing.book import PriceBook
 

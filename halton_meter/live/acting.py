@@ -25,10 +25,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from halton_meter import config
 from halton_meter.budget import NOTIFY, Budget
-from halton_meter.budget_settings import host_of
 from halton_meter.live import own_code
+from halton_meter.settings import config
+from halton_meter.settings.budgets import host_of
 from halton_meter.spending import firing, ledger
 from halton_meter.spending.firing import BEGUN, COMMAND, DONE, PENDING, WEBHOOK, Fired
 

@@ -64,7 +64,7 @@ def flush(store: Flushable, keep_from_ns: int | None = None) -> Outcome:
 
 def keep_from_ns(home: Path, now_ns: int) -> int | None:
     """Since when events are kept, by the user's `retention_days`; None: all of them are."""
-    from halton_meter.config import read
+    from halton_meter.settings.config import read
 
     days = read(home).config.retention_days
     return None if days is None else now_ns - days * DAY_NS
@@ -116,7 +116,7 @@ class Flusher:
 
 def refresh_budgets(home: Path) -> None:
     """Make the sums of budgets those of the database; where that fails, the next flush does."""
-    from halton_meter import config
+    from halton_meter.settings import config
 
     budgets = config.read(home).config.budgets
     if not budgets:

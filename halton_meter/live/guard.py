@@ -19,12 +19,12 @@ from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
-from halton_meter import config
 from halton_meter.budget import Bucket, Budget, Spent
 from halton_meter.live.acting import Actor
 from halton_meter.live.caps import NOTHING, Flight, Flights, Flying, Over, may_reach
 from halton_meter.live.stopping import is_alive
 from halton_meter.model import PricedEvent
+from halton_meter.settings import config
 from halton_meter.spending import firing, ledger, status_file, stops
 from halton_meter.spending.firing import Fired
 from halton_meter.spending.spent import of_event

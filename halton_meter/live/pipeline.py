@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from halton_meter import untrusted
 
 if TYPE_CHECKING:
-    from halton_meter.config import Loaded
     from halton_meter.meter import Meter
     from halton_meter.model import Exchange
+    from halton_meter.settings.config import Loaded
     from halton_meter.wire.transaction import OnRequest
     from pricing.book import PriceBook
 
@@ -43,10 +43,10 @@ class Pipeline:
         on_answer: Callable[[Exchange], None] | None = None,
     ) -> None:
         from halton_meter.attribution import Attribution
-        from halton_meter.config import read
         from halton_meter.memory import keep_freed_memory
         from halton_meter.meter import Meter
         from halton_meter.providers.registry import Registry
+        from halton_meter.settings.config import read
         from halton_meter.store import account_key
         from halton_meter.tokenizer import Tokenizer
 
@@ -63,7 +63,7 @@ class Pipeline:
 
         A wrong value leaves the rest in use. Hosts stay as they are: see `use_hosts`.
         """
-        from halton_meter.config import read
+        from halton_meter.settings.config import read
 
         found = read(self._home)
         self._attribution.use_rules(found.config.project_rules)

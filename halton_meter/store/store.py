@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 
 # What tells one kind of process from another, of what is stored: its project, and what rules ask
-# for (`project_rules.py`).
+# for (`settings/projects.py`).
 _OF_PROCESS = "usage_document->>'$.process."
 KIND = (
     "event.project",

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from halton_meter import config
 from halton_meter.budget import Budget
 from halton_meter.cli import main
 from halton_meter.cli.budget_view import table
 from halton_meter.live.stopping import Stopper, identity
+from halton_meter.settings import config
 from halton_meter.spending import ledger, stops
 from halton_meter.spending.stops import Stop
 from halton_meter.store import Store
@@ -230,7 +230,7 @@ def test_check_says_over_for_nothing_else(home: Path, monkeypatch: pytest.Monkey
 
 
 def test_check_counts_what_is_in_no_database_yet(home: Path) -> None:
-    from halton_meter import config
+    from halton_meter.settings import config
     from halton_meter.spending.spent import of_event
     from halton_meter.spending.sums import Sums
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from halton_meter.cli import main
-from halton_meter.config import CONFIG_NAME, load
+from halton_meter.settings.config import CONFIG_NAME, load
 
 COMMENTED = """\
 # My settings.

@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from halton_meter.cli import main, output
-from halton_meter.config import ConfigError
 from halton_meter.problem import Problem, Unavailable
+from halton_meter.settings.config import ConfigError
 from halton_meter.store import Store
 from tests.support.made import NOON_NS, made
 

@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from halton_meter.cli import main
-from halton_meter.config import load
 from halton_meter.model import PricedEvent, Process
-from halton_meter.project_rules import ProjectRule
+from halton_meter.settings.config import load
+from halton_meter.settings.projects import ProjectRule
 from halton_meter.store import Store
 from halton_meter.store.rollup import DAY_NS
 from tests.support.made import NOON_NS, made

@@ -24,7 +24,6 @@ import pytest
 from capture.helper_report import Connections
 from halton_meter import privileges
 from halton_meter.accounts import Account, account_named
-from halton_meter.config import Config, ConfigError
 from halton_meter.coverage import Count, Coverage, Part
 from halton_meter.live.control import REQUEST_BYTES_MAX, SOCKET_NAME, Control, ServiceAbsent
 from halton_meter.live.outages import Outages
@@ -44,6 +43,7 @@ from halton_meter.model import (
     Usage,
     UsageEvent,
 )
+from halton_meter.settings.config import Config, ConfigError
 from halton_meter.store import Flushed, Store
 
 ANN = Account(1000, 1000, "ann", Path("/home/ann"), "/bin/zsh")
@@ -136,7 +136,7 @@ def test_wanted_users() -> None:
 @pytest.fixture
 def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Root's own configuration."""
-    from halton_meter import config
+    from halton_meter.settings import config
 
     folder = tmp_path / "etc"
     folder.mkdir(mode=0o755)

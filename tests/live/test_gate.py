@@ -44,7 +44,7 @@ class Place:
         return True
 
     def _refresh(self) -> None:
-        from halton_meter import config
+        from halton_meter.settings import config
 
         standing.refresh(self.home, config.read(self.home).config.budgets, time.time_ns())
 

@@ -80,7 +80,7 @@ def worker(home: Path, run: int | None = None, tell: Any = None, spent: str = "0
 
 
 def refresh(home: Path) -> None:
-    from halton_meter import config
+    from halton_meter.settings import config
 
     standing.refresh(home, config.read(home).config.budgets, time.time_ns())
 

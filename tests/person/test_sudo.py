@@ -587,7 +587,8 @@ def test_who_is_not_root_pays_nothing_for_it() -> None:
         "os.setresuid(64001, 64001, 64001)\n"
         "try: main(['--version'])\n"
         "except SystemExit: pass\n"
-        "print('halton_meter.privileges' in sys.modules, 'halton_meter.config' in sys.modules)"
+        "loaded = ('halton_meter.privileges', 'halton_meter.settings.config')\n"
+        "print(*(each in sys.modules for each in loaded))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                           check=False)  # fmt: skip

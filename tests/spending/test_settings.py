@@ -7,8 +7,8 @@ from decimal import Decimal
 import pytest
 
 from halton_meter.budget import Budget
-from halton_meter.budget_settings import NotMoney, money
-from halton_meter.config import read_text
+from halton_meter.settings.budgets import NotMoney, money
+from halton_meter.settings.config import read_text
 
 
 def budgets(text: str) -> tuple[Budget, ...]:

@@ -326,7 +326,7 @@ def guard_of(home: Path, *lines: str) -> Guard:
 
 
 def refresh(home: Path) -> None:
-    from halton_meter import config
+    from halton_meter.settings import config
 
     standing.refresh(home, config.read(home).config.budgets, time.time_ns())
 

@@ -25,11 +25,11 @@ from capture.helper.relay.spool import Receipt
 from capture.processes import proc
 from halton_meter import untrusted
 from halton_meter.accounts import account_named
-from halton_meter.config import Config
 from halton_meter.live.control import Control, ServiceAbsent
 from halton_meter.live.probes.supervisor import Plan, Supervisor
 from halton_meter.live.result import RunResult
 from halton_meter.model import Process
+from halton_meter.settings.config import Config
 from tests.support.waiting import WAIT_SECONDS_MAX, wait_until
 
 HOST = "api.anthropic.com"

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capture.live_capture import Address, LiveCapture
-from halton_meter import config
 from halton_meter.live import control, status
 from halton_meter.live.control import KEY_LOG_SOCKET_NAME, Answering, Client
 from halton_meter.live.guard import Guard
@@ -38,6 +37,7 @@ from halton_meter.live.remedies import QUIC
 from halton_meter.live.stopping import identity
 from halton_meter.live.unmetered import Unmetered
 from halton_meter.providers.registry import Registry
+from halton_meter.settings import config
 
 if TYPE_CHECKING:
     from halton_meter.live.keylog.connectors import Connectors

@@ -2,17 +2,17 @@
 
 Root's choice comes from the supervisor, which alone may say which hosts are watched; the user's own
 rules and prices are read here. What is wrong in either is kept for `status`. No file is read in
-here: `live/pipeline.py` does, and `halton_meter/config_values.py` judges the values.
+here: `live/pipeline.py` does, and `halton_meter/settings/values.py` judges the values.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from halton_meter.config import SYSTEM_CONFIG
 from halton_meter.live.journal_writer import Condition
 from halton_meter.live.pipeline import Pipeline
 from halton_meter.live.probes.job import Job
+from halton_meter.settings.config import SYSTEM_CONFIG
 
 
 class Configuration:

@@ -21,10 +21,10 @@ from pathlib import Path
 
 from halton_meter import untrusted
 from halton_meter.accounts import Account
-from halton_meter.config import ConfigError
 from halton_meter.live.probes.libraries import LIBRARIES_MAX, Libraries
 from halton_meter.live.probes.remembered import remembered
 from halton_meter.privileges import as_account
+from halton_meter.settings.config import ConfigError
 
 PROGRAMS_MAX = 16
 PROGRAM_BYTES_MIN = 1_000_000

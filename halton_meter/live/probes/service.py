@@ -23,15 +23,6 @@ from typing import Any
 
 from halton_meter import untrusted
 from halton_meter.accounts import Account
-from halton_meter.config import (
-    EDIT,
-    LINES_MAX,
-    SYSTEM_CONFIG,
-    Config,
-    ConfigError,
-    Loaded,
-)
-from halton_meter.host_names import is_host
 from halton_meter.live.control import ask_service
 from halton_meter.live.held import HeldCommand
 from halton_meter.live.probes.command import Signals, attend, prepared
@@ -40,6 +31,15 @@ from halton_meter.live.probes.remembered import LIBRARIES_MAX, PATH_CHARACTERS_M
 from halton_meter.live.probes.supervisor import Plan, Supervisor
 from halton_meter.live.result import RunResult
 from halton_meter.privileges import as_account
+from halton_meter.settings.config import (
+    EDIT,
+    LINES_MAX,
+    SYSTEM_CONFIG,
+    Config,
+    ConfigError,
+    Loaded,
+)
+from halton_meter.settings.host_names import is_host
 
 LINE_CHARACTERS_MAX = 2000
 
@@ -57,8 +57,8 @@ def read_configuration(account: Account, home: Path) -> tuple[Loaded, tuple[str,
     """The same, with what is wrong in it: the rest of it counts. Raises ConfigError."""
 
     def read() -> Any:
-        from halton_meter import config
         from halton_meter.providers.registry import Registry
+        from halton_meter.settings import config
 
         found = config.read(home)
         hosts = Registry(found.config.extra_hosts).hosts()
@@ -237,7 +237,7 @@ def service_plan(
     Root alone chooses the users, and the hosts of other users' processes: on the command line and
     in `config.SYSTEM_CONFIG`. A user's own file adds hosts for the user's own processes.
     """
-    from halton_meter.config import read_system
+    from halton_meter.settings.config import read_system
 
     of_root = read_system()
     own, hosts = read_configuration(account, home)

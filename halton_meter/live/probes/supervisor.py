@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 from halton_meter import untrusted
 from halton_meter.accounts import Account
-from halton_meter.config import Config, ConfigError
 from halton_meter.contract import usd_text
 from halton_meter.coverage import Coverage
 from halton_meter.live import own_code
@@ -38,6 +37,7 @@ from halton_meter.live.result import NO_LIMIT, RunLimit, RunResult
 from halton_meter.live.totals import Totals
 from halton_meter.privileges import as_account
 from halton_meter.problem import Problem, Unavailable
+from halton_meter.settings.config import Config, ConfigError
 
 if TYPE_CHECKING:
     from capture.helper.handover import Keeper

@@ -24,7 +24,6 @@ from typing import Any
 
 from halton_meter import untrusted
 from halton_meter.budget import END
-from halton_meter.config import ConfigError
 from halton_meter.live import control, left_running
 from halton_meter.live.foreground import in_foreground
 from halton_meter.live.held import END_S, HeldCommand
@@ -37,6 +36,7 @@ from halton_meter.live.proxy.worker import CA_FOLDER, Job, provider_hosts
 from halton_meter.live.result import NO_LIMIT, RunLimit, RunResult
 from halton_meter.live.totals import Totals
 from halton_meter.problem import Problem, Unavailable
+from halton_meter.settings.config import ConfigError
 from proxy_fallback.edge import listening
 
 # When stopping, exchanges under way get this long to finish.
@@ -47,7 +47,7 @@ DRAIN_S = 5.0
 
 def configured(home: Path) -> tuple[Job, int]:
     """The service's job and its port, as config.toml has them; wrong values are left out."""
-    from halton_meter import config
+    from halton_meter.settings import config
 
     found = config.read(home)
     chosen, said = found.config, "\n".join(found.wrong) or None

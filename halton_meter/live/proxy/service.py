@@ -378,7 +378,7 @@ class ProxyService:
 
         Other hosts need other certificates, and so another worker: that is left to `init`.
         """
-        from halton_meter import config
+        from halton_meter.settings import config
 
         found = config.read(self.home)
         proxy = found.config.proxy

@@ -3,7 +3,7 @@
 Everything is optional. Each wrong value is one line with file, line, key and the nearest right
 value, and is not used; `load` refuses a file that holds one, `read` takes the rest of it. What has
 no effect, such as an unknown setting, is one line too, and no more. This file is the model, and
-which file counts; it writes nothing and starts nothing. `toml_file.py` reads, `config_values.py`
+which file counts; it writes nothing and starts nothing. `toml_file.py` reads, `values.py`
 judges.
 """
 
@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 from halton_meter import toml_file
 from halton_meter.budget import Budget
-from halton_meter.config_values import judge
 from halton_meter.problem import Problem
-from halton_meter.project_rules import ProjectRule, ProjectRules
-from halton_meter.proxy_settings import ProxyConfig
+from halton_meter.settings.projects import ProjectRule, ProjectRules
+from halton_meter.settings.proxy import ProxyConfig
+from halton_meter.settings.values import judge
 from halton_meter.toml_file import Document, NotToml, Unreadable, parsed
 
 CONFIG_NAME = "config.toml"

@@ -11,7 +11,7 @@
     webhook = "http://127.0.0.1:9000/spent"
     counts = "billed"          # what is paid beyond plans; else the price at list
 
-A budget with a wrong value is left out as a whole: half of a limit is no limit. `config_values.py`
+A budget with a wrong value is left out as a whole: half of a limit is no limit. `values.py`
 calls this; it reads and writes no file.
 """
 
@@ -71,7 +71,7 @@ _ACTION_WORDS = {
 
 
 class Judge(Protocol):
-    """Takes note of what is wrong at some keys of the file (`config_values.py` has one)."""
+    """Takes note of what is wrong at some keys of the file (`values.py` has one)."""
 
     def refuse(self, what: str, *keys: str | int) -> None:
         """The value is not used."""
@@ -114,7 +114,7 @@ def _shown(value: object) -> str:
     return f"{value}" if isinstance(value, Decimal) else shown_value(value)
 
 
-def budgets(
+def read_budgets(
     judge: Judge, value: Any, providers: Callable[[], tuple[str, ...]]
 ) -> tuple[Budget, ...]:
     """The budgets of a file's table, without those of which something is wrong.

@@ -4,7 +4,7 @@
     port = 8082
     upstream = "http://proxy.example.com:3128"
 
-Each wrong value is told with the nearest right one. `config_values.py` calls this; it reads no file
+Each wrong value is told with the nearest right one. `values.py` calls this; it reads no file
 and tries no port.
 """
 
@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from halton_meter.host_names import names_a_host, split_port
+from halton_meter.settings.host_names import names_a_host, split_port
 from halton_meter.toml_file import nearest, shown_value
 
 PROXY_PORT = 8081

@@ -1,8 +1,7 @@
 """Judges what `config.toml` says: a value is right, or one line tells of the nearest right one.
 
-A table that has a file of its own is judged there: `budget_settings.py`, `project_rules.py`,
-`proxy_settings.py`. This file reads no file and makes no `Config`: `config.py` does, of the values
-that are right.
+A table that has a file of its own is judged there: `budgets.py`, `projects.py`, `proxy.py`. This
+file reads no file and makes no `Config`: `config.py` does, of the values that are right.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from halton_meter import budget_settings, proxy_settings
-from halton_meter.host_names import as_requested, host_like, names_a_host, why_no_host
-from halton_meter.project_rules import read_rules
-from halton_meter.proxy_settings import read_proxy
+from halton_meter.settings import proxy
+from halton_meter.settings.budgets import read_budgets
+from halton_meter.settings.host_names import as_requested, host_like, names_a_host, why_no_host
+from halton_meter.settings.projects import read_rules
 from halton_meter.toml_file import Document, nearest, shown_value
 
 HOSTS_MAX = 256
@@ -73,7 +72,7 @@ class Judge:
             what = "prompts and answers are never kept, whatever it says"
             self.note(f"bodies has no effect: {what}; remove it", key)
             return
-        if key in proxy_settings.KEYS:
+        if key in proxy.KEYS:
             hint = f"; did you mean it under [proxy]? Then write {key} below that line"
         elif near := nearest(key, _CHECKS):
             hint = f"; did you mean {_named(near)}?"
@@ -253,7 +252,7 @@ class Judge:
 
     def budgets(self, value: Any) -> None:
         """Limits in dollars, and what follows at them."""
-        self.right["budgets"] = budget_settings.budgets(self, value, self._provider_names)
+        self.right["budgets"] = read_budgets(self, value, self._provider_names)
 
     def _provider_names(self) -> tuple[str, ...]:
         """Those that ship with the program, and those that the user has named."""
@@ -266,7 +265,7 @@ class Judge:
 
     def proxy(self, value: Any) -> None:
         """The port of the local proxy, and the proxy that leads out."""
-        if (found := read_proxy(value, self.refuse, self.note)) is not None:
+        if (found := proxy.read_proxy(value, self.refuse, self.note)) is not None:
             self.right["proxy"] = found
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from halton_meter import toml_file
 from halton_meter.accounts import home_folder
-from halton_meter.config import (
+from halton_meter.providers.registry import Registry
+from halton_meter.settings.config import (
     Config,
     ConfigError,
     load,
@@ -22,8 +23,7 @@ from halton_meter.config import (
     read,
     read_text,
 )
-from halton_meter.providers.registry import Registry
-from halton_meter.proxy_settings import ProxyConfig
+from halton_meter.settings.proxy import ProxyConfig
 
 
 def test_no_file_means_defaults(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halton_meter.attribution import Attribution
-from halton_meter.config import load, read_text
 from halton_meter.model import Process
-from halton_meter.project_rules import ProjectRule, ProjectRules, remote_name
+from halton_meter.settings.config import load, read_text
+from halton_meter.settings.projects import ProjectRule, ProjectRules, remote_name
 from tests.test_attribution import FilesUnder, made, repository
 
 RULES = ProjectRules(
@@ -188,7 +188,7 @@ def test_what_is_wrong_is_one_line_with_its_place(text: str, line: str) -> None:
 
 
 def test_rules_of_roots_file_have_no_effect() -> None:
-    from halton_meter.config import _judged
+    from halton_meter.settings.config import _judged
     from halton_meter.toml_file import parsed
 
     text = b'retention_days = 3\n[projects.a]\npaths = ["/"]\n'
