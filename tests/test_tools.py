@@ -21,6 +21,9 @@ FAILED = """\
 =================================== FAILURES ===================================
 ____ test_one ____
 E   assert False
+_ _ _ _ _
+_ ERROR at teardown of test_two _
+E       OSError: busy
 =========================== short test summary info ============================
 SKIPPED [1] tests/x.py:18: no recorded exchanges beside the checkout
 1 failed, 1,234 passed, 1 skipped, 3 deselected in 1.20s
@@ -38,7 +41,10 @@ def test_the_end_is_counted_from_the_summary() -> None:
 
 def test_what_is_shown_of_a_failed_group_begins_with_its_failures() -> None:
     assert run_tests.failure(FAILED)[1] == "____ test_one ____"
-    assert run_tests.failed_tests(FAILED) == [("test_one", "assert False")]
+    assert run_tests.failed_tests(FAILED) == [
+        ("test_one", "assert False"),
+        ("ERROR at teardown of test_two", "OSError: busy"),
+    ]
     assert run_tests.failure("mypy: no\nsuch file\n") == ["mypy: no", "such file"]
 
 

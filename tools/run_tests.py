@@ -236,7 +236,7 @@ def failed_tests(log: str) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     name = ""
     for line in failure(log, len(log)):
-        if head := re.fullmatch(r"_{3,} (.+?) _{3,}", line):
+        if head := re.fullmatch(r"_+ ([^_ ].*?) _+", line):
             name = head[1]
         elif name and (error := re.match(r"E +(.+)", line)):
             found.append((name, error[1][:ERROR_CHARACTERS_MAX]))

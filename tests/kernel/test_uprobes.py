@@ -540,6 +540,10 @@ def test_in_a_nested_pid_namespace_processes_have_its_ids(bench: Bench, loader: 
     assert seen["argv"][1].endswith("exchanges.py")
 
 
+def is_unmounted(folder: Path) -> bool:
+    return subprocess.run(["umount", folder], check=False, capture_output=True).returncode == 0
+
+
 def test_one_file_under_two_identities_gives_each_byte_once(bench: Bench) -> None:
     """As two containers of one image have it: two overlays, one inode underneath, probed twice."""
     seen_as = []
@@ -571,7 +575,8 @@ def test_one_file_under_two_identities_gives_each_byte_once(bench: Bench) -> Non
         source.stop()
     finally:
         for folder in mounts:
-            subprocess.run(["umount", folder], check=True)
+            # The finder's children, which have its files, end a moment after the helper.
+            wait_until(lambda at=folder: is_unmounted(at), f"{folder} to be free")
 
 
 def test_a_loader_that_does_not_exist_is_refused_by_name(bench: Bench) -> None:

@@ -48,4 +48,4 @@ def trusted_by_the_system(lab: Lab) -> Iterator[None]:
     enter = ["nsenter", "-t", str(lab.pid), "-m", "--"]
     subprocess.run([*enter, "mount", "--bind", both, system], check=True)
     yield
-    subprocess.run([*enter, "umount", system], check=True)
+    subprocess.run([*enter, "umount", "-l", system], check=True)
