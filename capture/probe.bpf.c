@@ -1163,7 +1163,17 @@ struct head {
 #define REREAD(x) (*(volatile u32 *)&(x))
 #define REREAD_64(x) (*(volatile u64 *)&(x))
 
-/* Is the name on the list? Lower-cases it in place. */
+/* "a.example." is a.example: the dot says that resolvers are to append nothing. Programs may pass it on. */
+INLINE void drop_last_dot(struct name *n)
+{
+	u32 last = (REREAD(n->length) - 1) & (HOST_BYTES_MAX - 1);
+	if (n->text[last] != '.')
+		return;
+	n->text[last] = 0;
+	n->length = last;
+}
+
+/* Is the name on the list? Lower-cases it in place, and drops a dot at its end. */
 APART int wanted_host(struct name *n)
 {
 	if (!n)
@@ -1173,6 +1183,7 @@ APART int wanted_host(struct name *n)
 
 	if (length == 0 || length >= HOST_BYTES_MAX - 1)
 		return 0;
+	drop_last_dot(n);
 	__builtin_memset(n->reversed, 0, sizeof(n->reversed));
 	for (u32 i = 0; i < HOST_BYTES_MAX - 1; i++) {
 		length = REREAD(n->length);
@@ -1346,8 +1357,12 @@ INLINE u32 find_name(u64 ssl, struct connection *c)
 INLINE int same_name(u64 ssl, u32 offset, struct connection *c)
 {
 	u64 text[HOST_BYTES_MAX / 8] = {}, differs = 0;
-	if (name_at((char *)text, ssl, offset) < 1)
+	long length = name_at((char *)text, ssl, offset);
+	if (length < 1)
 		return -1;
+	char *last = (char *)text + ((length - 2) & (HOST_BYTES_MAX - 1));
+	if (*last == '.') /* `drop_last_dot` */
+		*last = 0;
 #pragma unroll
 	for (int i = 0; i < HOST_BYTES_MAX / 8; i++)
 		differs |= FOLDED(text[i], ((u64 *)c->host)[i]);
@@ -2244,6 +2259,7 @@ INLINE int same_rustls_name(struct name *n, u64 base, u32 offset, u64 *host)
 
 	if (!offset || !rustls_name_at(n, base, offset))
 		return 0;
+	drop_last_dot(n);
 	for (u32 i = 0; i < HOST_BYTES_MAX / 8; i++) {
 		differs |= FOLDED(((u64 *)n->text)[i], host[i]);
 		asm volatile("" : "+r"(differs)); /* sixteen at once would not fit on the stack */

@@ -29,10 +29,18 @@ TICK_S = 0.002
 """Between two looks while a process is held."""
 _SEIZE, _INTERRUPT, _DETACH = 0x4206, 0x4207, 17
 _EVENT_STOP = 128
-# epoll_wait and its kin, semop, semtimedop, rt_sigtimedwait, io_getevents, io_pgetevents.
+# epoll_wait and its kin, semop, semtimedop, rt_sigtimedwait, io_getevents, io_pgetevents,
+# io_uring_enter.
 _ENDED_BY_A_STOP = {
-    "x86_64": frozenset((232, 281, 441, 65, 220, 128, 208, 333)),
-    "aarch64": frozenset((22, 441, 193, 192, 137, 4, 292)),
+    "x86_64": frozenset((232, 281, 441, 65, 220, 128, 208, 333, 426)),
+    "aarch64": frozenset((22, 441, 193, 192, 137, 4, 292, 426)),
+}.get(platform.machine(), frozenset())
+# Ended where the descriptor is a socket with a timeout (SO_RCVTIMEO, SO_SNDTIMEO), which nobody
+# sees from outside: read, write, readv, writev, sendfile, connect, accept, accept4, sendto,
+# recvfrom, sendmsg, recvmsg, sendmmsg, recvmmsg.
+_ENDED_ON_A_SOCKET = {
+    "x86_64": frozenset((0, 1, 19, 20, 40, 42, 43, 288, 44, 45, 46, 47, 307, 299)),
+    "aarch64": frozenset((63, 64, 65, 66, 71, 203, 202, 242, 206, 207, 211, 212, 269, 243)),
 }.get(platform.machine(), frozenset())
 _WALL = 0x40000000  # also where the process is a clone with a signal of its own
 
@@ -108,7 +116,11 @@ def _waits(pid: int, tid: int) -> bool:
     """Whether a thread is blocked in a call that would not go on after a stop."""
     try:
         with open(f"/proc/{pid}/task/{tid}/syscall", encoding="ascii") as file:
-            return int(file.read().partition(" ")[0]) in _ENDED_BY_A_STOP
+            number, first, *_ = file.read().split()
+        if int(number) not in _ENDED_ON_A_SOCKET:
+            return int(number) in _ENDED_BY_A_STOP
+        descriptor = int(first, 16) & 0xFFFFFFFF
+        return os.readlink(f"/proc/{pid}/task/{tid}/fd/{descriptor}").startswith("socket:")
     except (OSError, ValueError):  # it runs, or is gone
         return False
 

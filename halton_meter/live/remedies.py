@@ -43,6 +43,8 @@ def fix_for(cause: str, program: str | None, stack: str | None, *, service: bool
         if stack in _DEAF:
             return UPROBES if has_uprobes else SYSTEM_TRUST
         return "halton-meter init, then restart that program" if service else UPROBES
+    if cause == "not_asked_by_name":
+        return UPROBES if has_uprobes else ""
     if cause == "certificate_unusable":
         return "halton-meter init"
     if cause == "stopped":

@@ -32,6 +32,7 @@ _OF_KEY_LOG: Mapping[str, str] = {
 # The same, of what the proxy saw or ought to have seen.
 _OF_PROXY: Mapping[str, str] = {
     "proxy_ignored": "it ignores proxy settings",
+    "not_asked_by_name": "it asked the proxy for an address or another name than the host's",
     "certificate_refused_now": "it refused the proxy's certificate; its next try passes unread",
     "certificate_refused": "it refused the proxy's certificate earlier, so it passes unread",
     "trust_not_configurable": "its TLS library reads no setting by which it could trust the proxy",

@@ -7,7 +7,8 @@ unmetered, and counts that by host and cause. Standard library only, one thread,
 a limit: it must keep working whatever else dies.
 
 It refuses to bind or to serve anything but loopback, to serve other users than its own and root
-(access.py), to connect to itself, to look into what it tunnels, and to name hosts other than
+(access.py), to connect to itself, to look into what it tunnels (but for the server name that a
+client shows as it begins TLS: a provider may be asked for by address), and to name hosts other than
 providers' in its counts. A stream that mitmproxy was decrypting when it died breaks, and the next
 request succeeds. A TLS handshake that mitmproxy had not answered is sent to the provider again.
 
@@ -30,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from proxy_fallback.edge import client_socket
 from proxy_fallback.edge.access import Peer, allowed_uids, peer_of
 from proxy_fallback.edge.client_socket import ClientSocket
+from proxy_fallback.edge.hello import BegunTls
 from proxy_fallback.edge.listening import (
     ADDRESS,
     BACKLOG,
@@ -57,6 +59,8 @@ WORKER_FAILURES_MAX = 3
 BREAKER_OPEN_S = 5.0
 ORIGIN_CONNECT_S_MAX = 30.0
 HAPPY_EYEBALLS_S = 0.25
+# How long the end waits for the names of programs whose connections are to be counted.
+NAMING_S_MAX = 2.0
 LOOKUP_THREADS = 16
 CONNECTIONS_MAX = 8192
 # Descriptors kept free for everything but tunnels; a tunnel takes two.
@@ -111,8 +115,9 @@ class Edge:
 
     `hosts` are the providers'. `upstream` is the proxy through which raw tunnels leave, or None.
     `program_of` names the program behind a client's socket, or None; it runs in a thread, and only
-    for hosts whose certificate some program refused. `allowed` are the users whose connections are
-    accepted. `worker_secret` is what the edge identifies itself with to mitmproxy.
+    for hosts whose certificate some program refused, and providers that were not asked for by name.
+    `allowed` are the users whose connections are accepted. `worker_secret` is what the edge
+    identifies itself with to mitmproxy.
 
     Until `send_to` is called, provider hosts are tunnelled raw. `counts` holds what happened since
     the start, by cause; `bypassed` the unmetered provider connections, by host and cause.
@@ -142,6 +147,7 @@ class Edge:
         # The near ends of the connections to hosts, the edge's and mitmproxy's.
         self.opened: deque[tuple[str, int]] = deque(maxlen=OPENED_MAX)
         self._program_of = program_of
+        self._naming: set[asyncio.Task[None]] = set()
         self.trust = Refusals(self.counts)
         self._worker_port: int | None = None
         self._has_answered = False
@@ -175,6 +181,8 @@ class Edge:
             await asyncio.sleep(0.05)
         for client in list(self.clients):
             client.abort()
+        if self._naming:
+            await asyncio.wait(self._naming, timeout=NAMING_S_MAX)
 
     # --- called by the service
 
@@ -263,6 +271,22 @@ class Edge:
         self.bypassed.setdefault(host, Counter())[cause] += 1
         self.counts["bypassed"] += 1
 
+    def named_in_tunnel(self, host: str, client: ClientSocket) -> None:
+        """A client begins TLS with this host in a tunnel to another name or to an address."""
+        if host not in self.hosts or len(self._naming) >= self.connections_max:
+            return
+        self.counts["tunnelled"] -= 1
+        naming = asyncio.get_running_loop().create_task(self._count_named(host, client))
+        self._naming.add(naming)
+        naming.add_done_callback(self._naming.discard)
+
+    async def _count_named(self, host: str, client: ClientSocket) -> None:
+        loop = asyncio.get_running_loop()
+        program = None
+        with contextlib.suppress(Exception):  # it is counted, by whatever program
+            program = await loop.run_in_executor(None, self._program_of, client)
+        self.count_bypass(host.lower().rstrip("."), "not_asked_by_name", program)
+
 
 # --- one connection --------------------------------------------------------------------------
 
@@ -280,6 +304,7 @@ class _Client(End):
         self._is_others = False
         self._host = ""
         self._has_left = False
+        self._begun: BegunTls | None = None  # in a tunnel to a host that is no provider's
 
     # --- the transport's side
 
@@ -335,6 +360,16 @@ class _Client(End):
         if type(self.other) is WorkerEnd:
             self.other.keep(data)
         super().data_received(data)
+        if self._begun is not None and self.other is not None:
+            self._follow(self._begun, data)
+
+    def _follow(self, begun: BegunTls, data: bytes) -> None:
+        """See with whom the client begins TLS: `_host` may be an address of a provider."""
+        host = begun.feed(data)
+        if begun.done:
+            self._begun = None
+        if host is not None:
+            self._edge.named_in_tunnel(host, self._socket)
 
     def eof_received(self) -> bool:
         self._note_departure()
@@ -431,6 +466,9 @@ class _Client(End):
             edge.count_bypass(request.host, cause, program)
         else:
             edge.counts["tunnelled"] += 1
+            if self._wants_tunnel:
+                self._begun = BegunTls()
+                self._follow(self._begun, bytes(self.early))
         plain = request.origin_head if edge.upstream is None else request.absolute_head
         self._join(far, request, plain)
 

@@ -249,6 +249,16 @@ def test_names_are_compared_without_regard_to_case(subject: Callable[[], Subject
     assert seen.connection.peer == PROVIDER
 
 
+def test_a_dot_at_the_end_of_a_name_makes_no_other_name(subject: Callable[[], Subject]) -> None:
+    client = subject()
+    for named in (f"{PROVIDER}.", f"{PROVIDER}.", "-"):
+        (seen,) = client.passes(REQUEST, RESPONSE, named, f"{PROVIDER}.")
+        assert seen.connection.peer == PROVIDER
+    assert client.passes(REQUEST, RESPONSE, f"{OTHER}.") == []
+    client.passes(REQUEST, RESPONSE)  # no other name stands where the name was
+    assert len(old(client)) == 1
+
+
 def test_a_longer_name_that_begins_alike_is_no_vote(subject: Callable[[], Subject]) -> None:
     client = subject()
     for _ in range(3):

@@ -338,6 +338,7 @@ HELLOS: tuple[tuple[str, set[str]], ...] = (
     ("unnamed lookup mapped", NO_PROBES),
     ("named", NO_PROBES),
     ("named_in_capitals", NO_PROBES),
+    ("named_with_a_dot", NO_PROBES),
     ("named_last_of_forty", NO_PROBES),
     ("with_grease_ech", NO_PROBES),
     ("later", NO_PROBES),

@@ -172,24 +172,41 @@ def test_a_process_that_is_gone_is_no_error(counting: Counting, holder: Other) -
     wait_until(lambda: counting.is_held, "all threads to stand still")
 
 
-EPOLL = """
-import ctypes, sys, threading
+# Each waits 1.5 s for what nobody sends, and then says EAGAIN or, epoll_wait, 0.
+WAITS = """
+import ctypes, errno, socket, struct, sys
 libc = ctypes.CDLL(None, use_errno=True)
-events = ctypes.create_string_buffer(64)
+room = ctypes.create_string_buffer(64)
+here, there = socket.socketpair()
+near = socket.create_server(("127.0.0.1", 0))
+for each in (here, near):
+    each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 500_000))
+waits = {
+    "epoll_wait": lambda: libc.epoll_wait(libc.epoll_create1(0), room, 1, 1500),
+    "recv": lambda: libc.recv(here.fileno(), room, 1, 0),
+    "read": lambda: libc.read(here.fileno(), room, 1),
+    "accept": lambda: libc.accept(near.fileno(), None, None),
+}
 print("waits", flush=True)
-said = libc.epoll_wait(libc.epoll_create1(0), events, 1, 1500)
-print(said, ctypes.get_errno() if said < 0 else 0, flush=True)
+said = waits[sys.argv[1]]()
+print(errno.errorcode[ctypes.get_errno()] if said < 0 else said, flush=True)
 """
 
 
-def test_a_wait_that_a_stop_would_end_is_left_to_its_end(holder: Other) -> None:
-    """epoll_wait: not every program expects EINTR of it."""
-    waiting = subprocess.Popen([sys.executable, "-c", EPOLL], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(
+    ("name", "said"), [("epoll_wait", "0"), *((n, "EAGAIN") for n in ("recv", "read", "accept"))]
+)
+def test_a_wait_that_a_stop_would_end_is_left_to_its_end(
+    holder: Other, name: str, said: str
+) -> None:
+    """epoll_wait, and a socket with a timeout: not every program expects EINTR of them."""
+    command = [sys.executable, "-c", WAITS, name]
+    waiting = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert waiting.stdout is not None
     assert waiting.stdout.readline() == "waits\n"
     call = Path(f"/proc/{waiting.pid}/syscall")
-    wait_until(lambda: call.read_text().split()[0] in ("232", "281", "22"), "its wait")
+    wait_until(lambda: call.read_text().split()[0] not in ("running", "-1"), "its wait")
     holder.hold(waiting.pid, 0.5)
-    assert waiting.stdout.readline() == "0 0\n"
+    assert waiting.stdout.readline() == f"{said}\n"
     assert waiting.wait(WAIT_SECONDS_MAX) == 0
     waiting.stdout.close()

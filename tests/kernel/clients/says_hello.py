@@ -36,6 +36,7 @@ ECH = extension(0xFE0D, bytes(200))
 HELLOS = {
     "named": hello(*OTHERS, name(HOST)),
     "named_in_capitals": hello(name(HOST.upper()), *OTHERS),
+    "named_with_a_dot": hello(name(HOST + b"."), *OTHERS),
     "named_last_of_forty": hello(*[extension(0x1A1A + n, b"xy") for n in range(39)], name(HOST)),
     "with_grease_ech": hello(*OTHERS, ECH, name(HOST)),
     "ech": hello(name(b"outer.name.test"), ECH, *OTHERS),

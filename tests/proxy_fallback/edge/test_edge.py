@@ -17,6 +17,7 @@ from proxy_fallback.edge import client_socket, listening
 from proxy_fallback.edge import edge as edges
 from proxy_fallback.edge.edge import Edge
 from proxy_fallback.edge.listening import EdgeError
+from tests.proxy_fallback.edge.test_hello import client_hello
 from tests.support.quick import first
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -382,6 +383,31 @@ def test_a_host_for_which_our_certificate_will_not_do_is_tunnelled_raw() -> None
             assert await say(await here.tunnel(PROVIDER), b"hi") == b"hi"
             assert here.edge.bypassed == {PROVIDER: {"certificate_unusable": 1}}
         worker.close()
+
+    run(scene())
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_provider_that_is_asked_for_by_address_is_counted_with_its_program(early: bool) -> None:
+    hello = client_hello(f"{PROVIDER.upper()}.")
+
+    async def scene() -> None:
+        async with place(program_of=lambda client: "/usr/bin/curl") as here:
+            if early:
+                head = f"CONNECT 127.0.0.1:{here.origin} HTTP/1.1\r\n\r\n".encode()
+                client = await here.ask(head + hello)
+                await client[0].readuntil(b"\r\n\r\n")
+                assert await client[0].readexactly(len(hello)) == hello
+            else:
+                client = await here.tunnel()
+                assert await say(client, hello[:9]) + await say(client, hello[9:]) == hello
+            assert await say(client, hello) == hello  # once a connection
+            for data in (client_hello("other.example"), client_hello(None), b"SSH-2.0"):
+                assert await say(await here.tunnel(), data) == data
+        row = ("/usr/bin/curl", PROVIDER, "not_asked_by_name")
+        assert here.edge.unmetered == {row: 1}
+        assert here.edge.bypassed == {PROVIDER: {"not_asked_by_name": 1}}
+        assert here.edge.counts["tunnelled"] == 3
 
     run(scene())
 
