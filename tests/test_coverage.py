@@ -70,6 +70,9 @@ def test_nothing_seen_is_said_and_so_is_a_kernel_that_shows_nothing() -> None:
         "coverage: no connection to a provider carried a request"
     ]
     assert coverage_lines(Coverage(is_known=True), requests=1) == []
+    unnamed = made((Part("/usr/bin/curl", None, None, None), 1, 9))
+    assert coverage_lines(unnamed, requests=1) == []
+    assert coverage_lines(unnamed) == ["coverage: no connection to a provider carried a request"]
     (line,) = coverage_lines(Coverage(is_known=False))
     assert line.startswith("coverage: unknown, this kernel does not show")
 

@@ -64,7 +64,9 @@ def coverage_lines(
     if not coverage.is_known and not coverage.parts:
         return [NOT_SHOWN_BY_KERNEL]
     rests = list(_rest_lines(coverage))
-    lines = [ratio_line(coverage), *rests[:shown]]
+    # Requests on connections whose host no hello tells are none "to a provider", and were metered.
+    is_silent = requests and connections_ratio(coverage) is None
+    lines = [*(() if is_silent else (ratio_line(coverage),)), *rests[:shown]]
     if not coverage.is_known:
         lines.insert(0, NOT_SHOWN_BY_KERNEL)
     if len(rests) > shown:
