@@ -41,6 +41,9 @@ FOUND_LATE_ADVICE = "its TLS library was found only after it had ended: run it a
 UNKNOWN = "unknown"
 # Why a connection was not metered, of a process that is known.
 REFUSED, NOT_PROBED, UNKNOWN_LIBRARY = "functions_not_found", "stack_not_probed", "stack_unknown"
+# A connection that is used so soon after the probes came may have been made ready before: calls
+# that were under way then are not seen.
+LATE_SLACK_NS = 1_000_000_000
 GONE_MAX = 1000  # processes that have ended, of which connections may end yet
 RECENT_MAX = 200  # metered processes remembered after they ended
 
@@ -169,7 +172,7 @@ class Coverage:
         probed = next((file for file in files if file.probes), None)
         # A program that has two stacks was not metered for one reason or the other.
         is_one = probed and all(each.probes for each in probed.libraries) and not _unprobed(probed)
-        if is_one and probed_at_ns > at_ns:
+        if is_one and probed_at_ns and probed_at_ns + LATE_SLACK_NS > at_ns:
             return Cause(LATE, _stack_of(probed))
         line = _stack_line(watched.java, files)
         if line is not None and line["stack"] != Stack.OTHER.value:
