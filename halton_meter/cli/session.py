@@ -36,6 +36,7 @@ from halton_meter.cli.output import (
     styled,
     sum_text,
     sum_words,
+    wrong_usage,
     zone_text,
 )
 from halton_meter.cli.selection import (
@@ -157,6 +158,8 @@ def show(session_id: str, limit: int, as_json: bool) -> None:
     CONTEXT is all that went in, GROWTH by how much more that is than at the agent's request
     before, CACHED how much of it came from a cache. TOTAL is the list price so far.
     """
+    if not session_id.strip():
+        wrong_usage("an empty text names no session", "halton-meter session list")
     try:
         with store_problems(), Store(home_folder()).reading() as reader:
             found = _one(matching(reader, session_id), session_id, as_json)

@@ -120,6 +120,18 @@ def test_a_time_before_all_clocks_is_1970(home: Path, words: tuple[str, str]) ->
     assert far["previous"]["from"] == "1970-01-01T00:00:00.000000Z"
 
 
+@pytest.mark.parametrize("option", ["--since", "--from", "--to"])
+def test_an_empty_time_is_not_everything(home: Path, option: str) -> None:
+    keep(home, made("a", "1", at_ns=at("2026-11-24 12:00")))
+    assert f"{option} '' is not a time" in run(option, "", code=2)
+    assert "each set the beginning" in run("--today", "--since", "", code=2)
+
+
+def test_a_period_without_length_is_told_as_it_was_typed(home: Path) -> None:
+    said = run("--week", "--to", "week", code=2)
+    assert "the period ends when it begins: --week --to week" in said
+
+
 def test_week_and_month_choose_what_is_counted(home: Path) -> None:
     store = keep(
         home,

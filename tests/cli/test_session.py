@@ -147,6 +147,11 @@ def test_no_such_session(home: Path, options: list[str]) -> None:
     assert "halton-meter session list" in text
 
 
+def test_an_empty_text_is_no_beginning_of_every_session(home: Path) -> None:
+    said = run("session", "show", "", code=2)
+    assert "an empty text names no session\n  fix: halton-meter session list" in said
+
+
 def test_an_empty_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALTON_METER_HOME", str(tmp_path))
     assert "Nothing metered yet" in run("session", "list")
