@@ -49,6 +49,7 @@ from halton_meter.cli.selection import (
     selection_options,
     store_problems,
 )
+from halton_meter.cli.unpriced import set_price_lines
 from halton_meter.contract import usd_text
 from halton_meter.model import TOKEN_NAMES, LimitKind
 from halton_meter.periods import period_before
@@ -61,7 +62,6 @@ from halton_meter.report import (
     Question,
     Report,
     ask,
-    set_price_command,
     stored_period,
 )
 from halton_meter.store import Selection, Store
@@ -530,13 +530,14 @@ def _unpriced(answer: Report) -> list[str]:
         return []
     lines = [f"{count(coverage.unpriced_requests, 'request')} unpriced, not free:"]
     for provider, model, requests in coverage.unpriced_models[:UNPRICED_SHOWN]:
-        lines.append(f"  {requests:>7,}  {shown(provider)}  {shown(model, 60)}")
+        why = "  (no usage is stated)" if (provider, model) in coverage.without_usage else ""
+        lines.append(f"  {requests:>7,}  {shown(provider)}  {shown(model, 60)}{why}")
     hidden = len(coverage.unpriced_models) - UNPRICED_SHOWN
     if hidden > 0:
         lines.append(f"           and {count(hidden, 'more model')}: halton-meter report --json")
     commands = (
-        set_price_command(provider, model) for provider, model, _ in coverage.unpriced_models
+        coverage.set_price_command(provider, model)
+        for provider, model, _ in coverage.unpriced_models
     )
-    if command := next((command for command in commands if command), None):
-        lines.append(f"  Set a price: {shown(command, 200)}")
+    lines += set_price_lines(commands)
     return lines

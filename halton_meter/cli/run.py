@@ -32,11 +32,11 @@ from halton_meter.cli.output import (
     fail,
     implausible_words,
     note,
-    shown,
     sum_words,
     wrong_usage,
 )
 from halton_meter.cli.summary_file import refusal, write_summary
+from halton_meter.cli.unpriced import set_price_lines
 from halton_meter.contract import usd_text
 from halton_meter.coverage import connections_ratio
 from halton_meter.live.result import RunLimit
@@ -415,9 +415,9 @@ def _set_price(totals: Totals) -> list[str]:
         return []
     from halton_meter.report import set_price_command
 
-    commands = (set_price_command(where, model) for model, where in totals.without_price.items())
-    command = next((command for command in commands if command), None)
-    return [f"  Set a price: {shown(command, 200)}"] if command else []
+    return set_price_lines(
+        set_price_command(where, model) for model, where in totals.without_price.items()
+    )
 
 
 def _model_line(name: str, line: Line) -> str:
