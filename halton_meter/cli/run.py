@@ -93,9 +93,8 @@ EXAMPLES = """
 @click.option(
     "--at-limit",
     type=click.Choice([STOP, END]),
-    default=STOP,
-    help="What follows at the limit. stop: the command waits for `halton-meter budget resume`, or "
-    "for Ctrl-C; end: it is ended.",
+    help="What follows at the limit of --max-usd. stop (default): the command waits for "
+    "`halton-meter budget resume`, or for Ctrl-C; end: it is ended.",
 )
 @click.option("--quiet", is_flag=True, help="Print no summary.")
 @click.option(
@@ -112,7 +111,7 @@ def run(
     shell: bool,
     java: bool,
     max_usd: Decimal | None,
-    at_limit: str,
+    at_limit: str | None,
     quiet: bool,
     json_summary: str | None,
 ) -> NoReturn:
@@ -139,6 +138,10 @@ def run(
             f"--java does not go with --via {via}, which cannot see Java's TLS",
             "use --via proxy --java",
         )
+    if at_limit is not None and max_usd is None:
+        wrong_usage(
+            f"--at-limit {at_limit} needs a limit", f"add it: --max-usd 2 --at-limit {at_limit}"
+        )
     if via == "keylog" and max_usd is not None:
         wrong_usage(
             "--max-usd does not go with --via keylog, which stops nothing",
@@ -151,7 +154,7 @@ def run(
         if not quiet:
             note("this shell is metered; when it ends, the summary follows")
     servers = asked_servers(command, invoking_account().uid)
-    limit = RunLimit(usd_text(max_usd), at_limit)
+    limit = RunLimit(usd_text(max_usd), at_limit or STOP)
     try:
         if via == "proxy" or java:
             result = through_proxy(command, limit, java)
