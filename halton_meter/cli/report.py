@@ -21,13 +21,13 @@ from halton_meter.cli.held import with_held
 from halton_meter.cli.losses import is_capture_loss, losses_in_words
 from halton_meter.cli.output import (
     OUTCOMES,
-    aligned,
     as_typed,
     bar,
     columns,
     count,
     count_text,
     duration_text,
+    fitted,
     implausible_words,
     lines_of_terminal,
     local_time,
@@ -76,6 +76,11 @@ LIMITS_FRESH_NS = 3600 * 1_000_000_000
 # From this width on, a table has a column for the cache and for the first token as well.
 WIDE_COLUMNS = 120
 _CACHE_WRITES = ("cache_write_5m", "cache_write_1h", "cache_write_12h", "cache_write")
+# Columns that a narrow terminal does without, the least telling first.
+_EXPENDABLE = (
+    *("FIRST TOKEN", "CACHED %", "SHARE", "P95", "CACHE WRITE", "CACHE READ"),
+    *("BEFORE", "INPUT", "OUTPUT", "%"),
+)
 # Dimensions by a shorter name.
 _SHORT = {"branch": "git_branch"}
 
@@ -436,7 +441,7 @@ def _table(answer: Report, places: int) -> str:
     shape = _Shape(places, cached, timed, compared, wide)
     rows = [_row(answer.by, group, shape) for group in answer.groups]
     right = {*header} - {name.replace("_", " ").upper() for name in answer.by} - {"SHARE"}
-    return aligned(header, rows, right)
+    return fitted(header, rows, right, _EXPENDABLE)
 
 
 class _Shape(NamedTuple):
