@@ -301,13 +301,21 @@ def _drawn(answer: Report, selection: Selection) -> str:
 
 def _nothing(answer: Report, selection: Selection) -> str:
     seen = answer.connections is not None and answer.connections.parts
-    if selection == Selection() and not answer.coverage.waiting and not seen:
+    if not answer.coverage.waiting and not seen and _is_empty(selection):
         return with_held(NOTHING)
     first = "No request was metered"
     if selection != Selection():
         first = no_match(selection, "report")
     lines = [first, *_waiting(answer)]
     return "\n".join([*lines, *coverage_lines(answer.connections)])
+
+
+def _is_empty(selection: Selection) -> bool:
+    """Whether nothing is stored at all: then "all that are stored" would be no next command."""
+    if selection == Selection():
+        return True
+    with store_problems():
+        return stored_period(Store(home_folder()), Selection()) == (None, None)
 
 
 def _connections(answer: Report) -> str:

@@ -132,6 +132,16 @@ def test_a_period_without_length_is_told_as_it_was_typed(home: Path) -> None:
     assert "the period ends when it begins: --week --to week" in said
 
 
+@pytest.mark.parametrize("more", [(), ("--today",), ("--today", "--plot"), ("--model", "x")])
+def test_a_newcomer_is_told_how_to_begin_whatever_the_period(
+    home: Path, more: tuple[str, ...]
+) -> None:
+    assert run(*more).startswith("Nothing metered yet. Try: halton-meter run -- CMD")
+    keep(home, made("a", "1", at_ns=at("2026-01-24 12:00")))
+    if more:
+        assert run(*more) == "No requests match. All that are stored: halton-meter report\n"
+
+
 def test_week_and_month_choose_what_is_counted(home: Path) -> None:
     store = keep(
         home,
