@@ -10,8 +10,16 @@ import sys
 
 
 def main() -> None:
-    """Run the command line."""
-    words = sys.argv[1:]
+    """Run the command line. Ctrl-C ends it without a word, also while it is still imported."""
+    try:
+        _run(sys.argv[1:])
+    except KeyboardInterrupt:
+        from halton_meter.problem import INTERRUPTED
+
+        sys.exit(INTERRUPTED)
+
+
+def _run(words: list[str]) -> None:
     if words in (["statusline"], ["prompt"]):
         from halton_meter.statusline import quick
 

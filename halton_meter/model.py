@@ -10,7 +10,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from decimal import Decimal
+from decimal import Context, Decimal
+from functools import reduce
 from typing import NamedTuple
 
 
@@ -583,7 +584,11 @@ def event_id(provider: str, *identity: str) -> str:
     return digest.hexdigest()
 
 
+# Python's own sums keep 28 digits: large and tiny amounts together have more.
+_EXACT = Context(prec=200)
+
+
 def total_usd(amounts: Iterable[Decimal | None]) -> Decimal | None:
     """The exact sum of the known amounts; None when none is known."""
     known = [amount for amount in amounts if amount is not None]
-    return sum(known, Decimal(0)) if known else None
+    return reduce(_EXACT.add, known, Decimal(0)) if known else None

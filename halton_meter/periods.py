@@ -32,9 +32,13 @@ def parse_when(text: str, now_ns: int, end: bool = False) -> int:
     A bare number is one of days; "week" and "month" are the beginning of this one, a week's on
     Monday. Without an offset it is local time. With `end`, a bare date means the end of that day,
     so that `--to 2026-11-23` includes the 23rd. A local time that the clock skips or shows twice is
-    read as if the clock had not changed yet. Raises ValueError for anything else.
+    read as if the clock had not changed yet. What is earlier than 1970 is 1970: nothing was metered
+    before, and times beyond year 1 could not be told. Raises ValueError for anything else.
     """
-    text = text.strip()
+    return max(0, _when(text.strip(), now_ns, end))
+
+
+def _when(text: str, now_ns: int, end: bool) -> int:
     if match := _AGO.fullmatch(text):
         return now_ns - int(match[1]) * _AGO_SECONDS[match[2]] * _SECOND_NS
     if text in ("today", "yesterday"):
@@ -122,7 +126,8 @@ def period_before(selection: Selection, now_ns: int, unit: str | None = None) ->
         return replace(selection, from_ns=start_ns, to_ns=min(end_ns, selection.from_ns))
     is_day = 0 < length < _DAY_NS and selection.from_ns == parse_when("today", now_ns)
     shift = _DAY_NS if is_day else length
-    return replace(selection, from_ns=selection.from_ns - shift, to_ns=to_ns - shift)
+    start_ns, end_ns = max(0, selection.from_ns - shift), max(0, to_ns - shift)
+    return replace(selection, from_ns=start_ns, to_ns=end_ns)
 
 
 def start_of(day: date) -> int:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+# The exit code after Ctrl-C, 128 + SIGINT as shells have it: 1 would be an answer, such as "over"
+# of `budget check`.
+INTERRUPTED = 130
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:

@@ -52,6 +52,8 @@ _PERCENTILES = {
     "median_ttft_ms": "quantile_disc(ttft_ms, 0.5)",
     "p95_ttft_ms": "quantile_disc(ttft_ms, 0.95)",
 }
+# The flag of a request that states no usage, so that no price can be had of it.
+_NO_USAGE = "unpriced:usage"
 _CACHE_WRITES = ("cache_write", "cache_write_5m", "cache_write_1h", "cache_write_12h")
 
 # --- what is asked -------------------------------------------------------------------------------
@@ -175,10 +177,13 @@ class Coverage:
     pending: int = 0
     waiting: int = 0
     unpriced_models: tuple[tuple[str, str | None, int], ...] = ()
+    # Those of them whose unpriced requests all state no usage: a price would change nothing.
+    without_usage: frozenset[tuple[str, str | None]] = frozenset()
     losses: dict[str, int] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
         """As in `report --json`; a model that can be given a price names the command for it."""
+        set_price = self.set_price_command
         return {
             "exchanges": {
                 "complete": self.complete,
@@ -191,7 +196,7 @@ class Coverage:
                     "provider": provider,
                     "model": model,
                     "requests": requests,
-                    "set_price": set_price_command(provider, model),
+                    "set_price": set_price(provider, model),
                 }
                 for provider, model, requests in self.unpriced_models
             ],
@@ -201,6 +206,11 @@ class Coverage:
             "waiting": self.waiting,
             "losses": dict(self.losses),
         }
+
+    def set_price_command(self, provider: str, model: str | None) -> str | None:
+        """The command that gives an unpriced model a price; None where a price would not help."""
+        is_hopeless = (provider, model) in self.without_usage
+        return None if is_hopeless else set_price_command(provider, model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -571,6 +581,9 @@ def _coverage(
         unpriced_models=_unpriced_models(reader, selection, many)
         if totals.unpriced_requests
         else (),
+        without_usage=_without_usage(reader, selection)
+        if totals.unpriced_requests
+        else frozenset(),
         losses=reader.losses(selection),
     )
 
@@ -611,6 +624,18 @@ def _unpriced_models(
         parameters,
     )
     return tuple((provider, model, int(requests)) for provider, model, requests in rows)
+
+
+def _without_usage(reader: Reader, selection: Selection) -> frozenset[tuple[str, str | None]]:
+    """Providers and models whose unpriced requests all lack what a price would be of."""
+    where, parameters = selection.where()
+    rows = reader.rows(
+        "SELECT provider, model FROM event "
+        f"WHERE basis = 'unpriced' AND implausible IS NOT TRUE AND {where} GROUP BY 1, 2 "
+        f"HAVING bool_and(contains(CAST(price_document AS VARCHAR), '\"{_NO_USAGE}\"'))",
+        parameters,
+    )
+    return frozenset((provider, model) for provider, model in rows)
 
 
 def _trend(

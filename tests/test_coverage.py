@@ -162,3 +162,11 @@ def test_what_came_before_the_probes_is_told_where_nobody_counts_connections() -
     assert losses_beside(losses, made((CURL, 3, 900))) == {}
     assert losses_beside(losses, Coverage(is_known=False)) == losses
     assert losses_beside(losses, None) == losses
+
+
+def test_what_a_proxy_has_is_one_line_whatever_the_stack() -> None:
+    stacks = (Part("/usr/bin/app", "api.openai.com", n, PROXIED.cause) for n in ("a", "b"))
+    found = made(*((each, 2, 5) for each in stacks), (CURL, 1, 5))
+    assert coverage_lines(found)[1:] == [
+        "  through a proxy on this machine: app to api.openai.com, 4 connections"
+    ]

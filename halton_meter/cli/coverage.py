@@ -117,7 +117,9 @@ def _percent(ratio: Fraction) -> str:
 def _rest_lines(coverage: Coverage) -> Iterator[str]:
     merged: dict[Part, Count] = {}
     for part, counted in coverage.rests():  # of one name, whatever folder the program is in
-        named = Part(program_name(part), part.host, part.stack, part.cause)
+        # Of what a proxy has, the line does not tell the stack: one line, not two that read alike.
+        stack = None if part.cause in OUTSIDE else part.stack
+        named = Part(program_name(part), part.host, stack, part.cause)
         merged.setdefault(named, Count()).add(counted.connections, counted.bytes)
     for part, counted in merged.items():
         yield rest_line(part, counted)

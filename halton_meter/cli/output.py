@@ -447,6 +447,27 @@ def aligned(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterabl
     return "\n".join(lines)
 
 
+def fitted(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    right: Iterable[str],
+    expendable: Sequence[str],
+) -> str:
+    """As `aligned`; on a terminal that is narrower, without as many of the `expendable` columns as
+    it takes, the first of them first: wrapped lines are no table. A pipe gets all.
+    """
+    table = [list(header), *(list(row) for row in rows)]
+    room = columns() if sys.stdout.isatty() else sys.maxsize
+    for name in expendable:
+        lines = zip(*table, strict=True)
+        if sum(max(map(_width, column)) for column in lines) + 2 * (len(table[0]) - 1) <= room:
+            break
+        if name in table[0]:
+            at = table[0].index(name)
+            table = [[*row[:at], *row[at + 1 :]] for row in table]
+    return aligned(table[0], table[1:], right)
+
+
 def aligned_line(
     cells: Iterable[str], widths: Iterable[tuple[int, bool]], between: str = "  "
 ) -> str:

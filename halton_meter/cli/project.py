@@ -334,6 +334,9 @@ def set_(
     }
     if not any(given.values()):
         wrong_usage("nothing to set", "give --path, --remote or --process")
+    if not all(each.strip() for each in (*paths, *remotes, *processes)):
+        # "" would be the current folder, and of the others nothing.
+        wrong_usage("an empty text is no rule", 'for the current folder write "."')
 
     def apply(document: Any) -> None:
         for kind, patterns in given.items():

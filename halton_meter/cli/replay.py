@@ -53,7 +53,7 @@ from halton_meter.cli.signalled import ended_in_order
 from halton_meter.cli.streams import OutputRefused, reader_left
 from halton_meter.contract import event_json, usd_text
 from halton_meter.identity import ID_REPEATED
-from halton_meter.model import Outcome, PricedEvent
+from halton_meter.model import Outcome, PricedEvent, total_usd
 from halton_meter.problem import Problem
 from halton_meter.sightings import HeldSightings
 
@@ -118,7 +118,7 @@ class Summary:
         elif event.list_usd is None:
             self.unpriced += 1
         else:
-            self.total_usd += event.list_usd
+            self.total_usd = total_usd((self.total_usd, event.list_usd)) or Decimal(0)
         self.gapped += event.usage.outcome is Outcome.GAPPED
         self.aborted += event.usage.outcome is Outcome.ABORTED
         self.told_apart += ID_REPEATED in event.usage.flags

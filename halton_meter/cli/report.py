@@ -21,13 +21,13 @@ from halton_meter.cli.held import with_held
 from halton_meter.cli.losses import is_capture_loss, losses_in_words
 from halton_meter.cli.output import (
     OUTCOMES,
-    aligned,
     as_typed,
     bar,
     columns,
     count,
     count_text,
     duration_text,
+    fitted,
     implausible_words,
     lines_of_terminal,
     local_time,
@@ -49,6 +49,7 @@ from halton_meter.cli.selection import (
     selection_options,
     store_problems,
 )
+from halton_meter.cli.unpriced import set_price_lines
 from halton_meter.contract import usd_text
 from halton_meter.model import TOKEN_NAMES, LimitKind
 from halton_meter.periods import period_before
@@ -61,7 +62,6 @@ from halton_meter.report import (
     Question,
     Report,
     ask,
-    set_price_command,
     stored_period,
 )
 from halton_meter.store import Selection, Store
@@ -76,6 +76,11 @@ LIMITS_FRESH_NS = 3600 * 1_000_000_000
 # From this width on, a table has a column for the cache and for the first token as well.
 WIDE_COLUMNS = 120
 _CACHE_WRITES = ("cache_write_5m", "cache_write_1h", "cache_write_12h", "cache_write")
+# Columns that a narrow terminal does without, the least telling first.
+_EXPENDABLE = (
+    *("FIRST TOKEN", "CACHED %", "SHARE", "P95", "CACHE WRITE", "CACHE READ"),
+    *("BEFORE", "INPUT", "OUTPUT", "%"),
+)
 # Dimensions by a shorter name.
 _SHORT = {"branch": "git_branch"}
 
@@ -296,13 +301,21 @@ def _drawn(answer: Report, selection: Selection) -> str:
 
 def _nothing(answer: Report, selection: Selection) -> str:
     seen = answer.connections is not None and answer.connections.parts
-    if selection == Selection() and not answer.coverage.waiting and not seen:
+    if not answer.coverage.waiting and not seen and _is_empty(selection):
         return with_held(NOTHING)
     first = "No request was metered"
     if selection != Selection():
         first = no_match(selection, "report")
     lines = [first, *_waiting(answer)]
     return "\n".join([*lines, *coverage_lines(answer.connections)])
+
+
+def _is_empty(selection: Selection) -> bool:
+    """Whether nothing is stored at all: then "all that are stored" would be no next command."""
+    if selection == Selection():
+        return True
+    with store_problems():
+        return stored_period(Store(home_folder()), Selection()) == (None, None)
 
 
 def _connections(answer: Report) -> str:
@@ -436,7 +449,7 @@ def _table(answer: Report, places: int) -> str:
     shape = _Shape(places, cached, timed, compared, wide)
     rows = [_row(answer.by, group, shape) for group in answer.groups]
     right = {*header} - {name.replace("_", " ").upper() for name in answer.by} - {"SHARE"}
-    return aligned(header, rows, right)
+    return fitted(header, rows, right, _EXPENDABLE)
 
 
 class _Shape(NamedTuple):
@@ -530,13 +543,14 @@ def _unpriced(answer: Report) -> list[str]:
         return []
     lines = [f"{count(coverage.unpriced_requests, 'request')} unpriced, not free:"]
     for provider, model, requests in coverage.unpriced_models[:UNPRICED_SHOWN]:
-        lines.append(f"  {requests:>7,}  {shown(provider)}  {shown(model, 60)}")
+        why = "  (no usage is stated)" if (provider, model) in coverage.without_usage else ""
+        lines.append(f"  {requests:>7,}  {shown(provider)}  {shown(model, 60)}{why}")
     hidden = len(coverage.unpriced_models) - UNPRICED_SHOWN
     if hidden > 0:
         lines.append(f"           and {count(hidden, 'more model')}: halton-meter report --json")
     commands = (
-        set_price_command(provider, model) for provider, model, _ in coverage.unpriced_models
+        coverage.set_price_command(provider, model)
+        for provider, model, _ in coverage.unpriced_models
     )
-    if command := next((command for command in commands if command), None):
-        lines.append(f"  Set a price: {shown(command, 200)}")
+    lines += set_price_lines(commands)
     return lines

@@ -32,11 +32,11 @@ from halton_meter.cli.output import (
     fail,
     implausible_words,
     note,
-    shown,
     sum_words,
     wrong_usage,
 )
 from halton_meter.cli.summary_file import refusal, write_summary
+from halton_meter.cli.unpriced import set_price_lines
 from halton_meter.contract import usd_text
 from halton_meter.coverage import connections_ratio
 from halton_meter.live.result import RunLimit
@@ -93,9 +93,8 @@ EXAMPLES = """
 @click.option(
     "--at-limit",
     type=click.Choice([STOP, END]),
-    default=STOP,
-    help="What follows at the limit. stop: the command waits for `halton-meter budget resume`, or "
-    "for Ctrl-C; end: it is ended.",
+    help="What follows at the limit of --max-usd. stop (default): the command waits for "
+    "`halton-meter budget resume`, or for Ctrl-C; end: it is ended.",
 )
 @click.option("--quiet", is_flag=True, help="Print no summary.")
 @click.option(
@@ -112,7 +111,7 @@ def run(
     shell: bool,
     java: bool,
     max_usd: Decimal | None,
-    at_limit: str,
+    at_limit: str | None,
     quiet: bool,
     json_summary: str | None,
 ) -> NoReturn:
@@ -139,6 +138,10 @@ def run(
             f"--java does not go with --via {via}, which cannot see Java's TLS",
             "use --via proxy --java",
         )
+    if at_limit is not None and max_usd is None:
+        wrong_usage(
+            f"--at-limit {at_limit} needs a limit", f"add it: --max-usd 2 --at-limit {at_limit}"
+        )
     if via == "keylog" and max_usd is not None:
         wrong_usage(
             "--max-usd does not go with --via keylog, which stops nothing",
@@ -151,7 +154,7 @@ def run(
         if not quiet:
             note("this shell is metered; when it ends, the summary follows")
     servers = asked_servers(command, invoking_account().uid)
-    limit = RunLimit(usd_text(max_usd), at_limit)
+    limit = RunLimit(usd_text(max_usd), at_limit or STOP)
     try:
         if via == "proxy" or java:
             result = through_proxy(command, limit, java)
@@ -415,9 +418,9 @@ def _set_price(totals: Totals) -> list[str]:
         return []
     from halton_meter.report import set_price_command
 
-    commands = (set_price_command(where, model) for model, where in totals.without_price.items())
-    command = next((command for command in commands if command), None)
-    return [f"  Set a price: {shown(command, 200)}"] if command else []
+    return set_price_lines(
+        set_price_command(where, model) for model, where in totals.without_price.items()
+    )
 
 
 def _model_line(name: str, line: Line) -> str:

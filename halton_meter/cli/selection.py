@@ -131,15 +131,18 @@ def read_selection(
 ) -> Selection:
     """The options as a Selection; times without an offset are local."""
     words = {"--today": today, "--week": week, "--month": month}
-    named = [n for n, v in {**words, "--since": since, "--from": from_}.items() if v]
+    times = {"--since": since, "--from": from_}
+    named = [name for name, is_set in words.items() if is_set]
+    # An empty text is no time: "--since $FROM" with nothing in FROM is not everything.
+    named += [name for name, given in times.items() if given is not None]
     if len(named) > 1:
         wrong_usage(f"{' and '.join(named)} each set the beginning", "give one of them")
     chosen = next((name.removeprefix("--") for name, is_set in words.items() if is_set), None)
-    beginning = chosen or since or from_
+    beginning = chosen if chosen is not None else since if since is not None else from_
     from_ns = None if beginning is None else moment(named[0], beginning, now_ns)
     to_ns = None if to is None else moment("--to", to, now_ns, end=True)
     if from_ns is not None and to_ns is not None and from_ns >= to_ns:
-        given = f"{named[0]} {beginning} --to {to}"
+        given = f"{named[0] if chosen else f'{named[0]} {beginning}'} --to {to}"
         if from_ns == to_ns:
             wrong_usage(f"the period ends when it begins: {given}", "write a later --to")
         wrong_usage(f"the period ends before it begins: {given}", "swap the two times")

@@ -23,6 +23,7 @@ from halton_meter.cli.output import (
     count_text,
     duration_text,
     fail,
+    fitted,
     free_note,
     local_time,
     money_text,
@@ -36,6 +37,7 @@ from halton_meter.cli.output import (
     styled,
     sum_text,
     sum_words,
+    wrong_usage,
     zone_text,
 )
 from halton_meter.cli.selection import (
@@ -157,6 +159,8 @@ def show(session_id: str, limit: int, as_json: bool) -> None:
     CONTEXT is all that went in, GROWTH by how much more that is than at the agent's request
     before, CACHED how much of it came from a cache. TOTAL is the list price so far.
     """
+    if not session_id.strip():
+        wrong_usage("an empty text names no session", "halton-meter session list")
     try:
         with store_problems(), Store(home_folder()).reading() as reader:
             found = _one(matching(reader, session_id), session_id, as_json)
@@ -199,7 +203,8 @@ def _listed(found: Sessions, names: dict[str, str], selection: Selection) -> str
     header += ["REQUESTS", "CACHED", "OUT", "LIST PRICE"]
     rows = [_row(each, names[each.id]) for each in found.sessions]
     right = {"LASTED", "TURNS", "AGENTS", "REQUESTS", "CACHED", "OUT", "LIST PRICE"}
-    lines = [aligned(header, rows, right), "", _sum_line(found, without)]
+    expendable = ("AGENTS", "TURNS", "CACHED", "LASTED", "OUT", "CLIENT", "REQUESTS")
+    lines = [fitted(header, rows, right, expendable), "", _sum_line(found, without)]
     if (hidden := found.count - len(found.sessions)) > 0:
         lines.append(f"{count(hidden, 'more session')}: --limit N, --sort cost, or --json for all.")
     return "\n".join(lines)
@@ -322,7 +327,7 @@ def _steps(course: Course, limit: int) -> str:
     right = {"TURN", "CONTEXT", "GROWTH", "CACHED", "OUT", "LIST PRICE", "TOTAL"}
     one_day = len({local_time(each.event.usage.at_ns)[:10] for each in steps}) == 1
     rows = [_step(each, one_day) for each in steps]
-    table = aligned(header, rows, right)
+    table = fitted(header, rows, right, ("GROWTH", "TURN", "OUT", "CACHED", "AGENT", "MODEL"))
     if (hidden := len(course.steps) - len(steps)) > 0:
         table += f"\n{count(hidden, 'earlier request')} not shown: --limit N, or --json for all."
     return table

@@ -169,25 +169,30 @@ def _somebody_reads(seconds: float) -> bool:
 
 
 class _Column(NamedTuple):
-    """A column of fixed width, as what comes later is not known; in a terminal of 80, narrower."""
+    """A column of fixed width, as what comes later is not known; in a terminal of 80, narrower.
+
+    In a still narrower one the columns with the lowest `worth` go; those without one stay.
+    """
 
     name: str
     width: int
     narrow: int
     right: bool = False
+    worth: int | None = None
 
 
 _COLUMNS = (
     _Column("TIME", 8, 8),
-    _Column("CLIENT", 14, 8),
-    _Column("PROJECT", 14, 7),
-    _Column("MODEL", 26, 16),
-    _Column("IN", 6, 6, True),
-    _Column("CACHED", 6, 6, True),
-    _Column("OUT", 6, 6, True),
+    _Column("CLIENT", 14, 8, worth=3),
+    _Column("PROJECT", 14, 7, worth=5),
+    _Column("MODEL", 26, 16, worth=6),
+    _Column("IN", 6, 6, True, worth=2),
+    _Column("CACHED", 6, 6, True, worth=1),
+    _Column("OUT", 6, 6, True, worth=4),
     _Column("LIST PRICE", 10, 8, True),
 )
 _WIDE = sum(column.width + 2 for column in _COLUMNS) + 12
+_STATUS_CELLS = len("STATUS")
 
 
 class _Lines:
@@ -196,6 +201,7 @@ class _Lines:
     def __init__(self, to_terminal: bool) -> None:
         self._cells = columns() if to_terminal else None
         self._narrow = self._cells is not None and self._cells < _WIDE
+        self._there = _COLUMNS if self._cells is None else _fitting(self._cells)
         self._day = datetime.now().date()
         self._headed = False
 
@@ -214,9 +220,24 @@ class _Lines:
             click.echo(styled(line, "red") if event.usage.error_class else line)
 
     def _line(self, cells: Iterable[str]) -> str:
-        widths = [(c.narrow if self._narrow else c.width, c.right) for c in _COLUMNS]
-        line = aligned_line(cells, widths, " " if self._narrow else "  ")
+        *given, status = cells
+        there = [cell for c, cell in zip(_COLUMNS, given, strict=True) if c in self._there]
+        widths = [(c.narrow if self._narrow else c.width, c.right) for c in self._there]
+        line = aligned_line([*there, status], widths, " " if self._narrow else "  ")
         return line if self._cells is None else shown(line, self._cells)
+
+
+def _fitting(cells: int) -> tuple[_Column, ...]:
+    """The columns that a terminal has room for beside the status: what a request cost is never the
+    one that is cut off.
+    """
+    there = list(_COLUMNS)
+    for column in sorted(_COLUMNS, key=lambda each: each.worth or 0):
+        if sum(each.narrow + 1 for each in there) + _STATUS_CELLS <= cells:
+            break
+        if column.worth is not None:
+            there.remove(column)
+    return tuple(there)
 
 
 def _cells(event: PricedEvent, time_text: str, narrow: bool) -> list[str]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from halton_meter.cli.output import cells, shown
+
 PREFIX = "unpriced:"
+COMMAND_CELLS_MAX = 200
 
 
 class Reason(NamedTuple):
@@ -60,3 +63,12 @@ def reason_of(flag: str) -> Reason | None:
 def reasons_of(flags: Iterable[str]) -> list[Reason]:
     """Every reason among an event's flags."""
     return [reason for flag in flags if (reason := reason_of(flag)) is not None]
+
+
+def set_price_lines(commands: Iterable[str | None]) -> list[str]:
+    """A line with the first of these commands that has room in it, if one has: what is cut off
+    would set the price of another model.
+    """
+    whole = (each for each in commands if each and cells(each) <= COMMAND_CELLS_MAX)
+    command = next(whole, None)
+    return [f"  Set a price: {shown(command, COMMAND_CELLS_MAX)}"] if command else []

@@ -52,8 +52,12 @@ _KEYS = (
 )
 _EXAMPLE = 'usd = 20 and per = "day"'
 _MONEY = re.compile(
-    r"\s*\$?\s*([0-9][0-9,_]*(?:\.[0-9]+)?|\.[0-9]+)\s*(?:usd|dollars?|\$)?\s*", re.I
+    r"\s*\$?\s*((?:[0-9]+|[0-9]{1,3}(?:[,_][0-9]{3})+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"\s*(?:usd|dollars?|\$)?\s*",
+    re.I,
 )
+# A comma before the cents, as much of the world writes it.
+_COMMA_CENTS = re.compile(r"\s*[$€]?\s*([0-9]+),([0-9]{1,2})\s*", re.ASCII)
 _WEBHOOK = re.compile(
     r"https?://([A-Za-z0-9.-]{1,253}|\[[0-9a-fA-F:.]{2,45}\])(:\d{1,5})?(/[\x21-\x7e]*)?"
 )
@@ -93,6 +97,8 @@ def money(value: object) -> Decimal:
         if isinstance(value, str):
             match = _MONEY.fullmatch(value)
             if match is None:
+                if comma := _COMMA_CENTS.fullmatch(value):
+                    near = max(Decimal(".".join(comma.groups())).quantize(CENT), CENT)
                 raise InvalidOperation
             amount = Decimal(re.sub(r"[,_]", "", match[1]))
         else:

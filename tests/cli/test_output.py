@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from decimal import Decimal
 from pathlib import Path
 
@@ -297,3 +298,26 @@ def test_columns_stand_under_each_other_also_behind_wide_letters_and_accents() -
     assert output.shown("日本語プロジェクト", 8) == "日本語…"
     assert output.shown("日本語プロジェクト", 18) == "日本語プロジェクト"
     assert output.aligned_line(["日本", "x"], [(6, False), (3, True)]) == "日本      x"
+
+
+@pytest.mark.parametrize(
+    ("cells", "is_terminal", "heading"),
+    [
+        (30, True, "NAME  IN  SHARE  PRICE"),
+        (22, True, "NAME  IN  SHARE  PRICE"),
+        (21, True, "NAME  IN  PRICE"),
+        (14, True, "NAME  PRICE"),
+        (5, True, "NAME  PRICE"),
+        (5, False, "NAME  IN  SHARE  PRICE"),
+    ],
+)
+def test_a_narrow_terminal_has_fewer_columns_and_no_wrapped_table(
+    monkeypatch: pytest.MonkeyPatch, cells: int, is_terminal: bool, heading: str
+) -> None:
+    monkeypatch.setattr(output, "columns", lambda: cells)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    header, rows = ["NAME", "IN", "SHARE", "PRICE"], [["a", "5", "###", "$1"]]
+    drawn = output.fitted(header, rows, {"IN", "PRICE"}, ("SHARE", "absent", "IN"))
+    assert drawn.splitlines()[0] == heading
+    assert drawn.endswith("$1")

@@ -81,6 +81,8 @@ def test_rules_are_set_added_and_removed(home: Path, monkeypatch: pytest.MonkeyP
         (("alias", "a", "a"), "no alias of itself"),
         (("show", "wep"), "did you mean 'web'?"),
         (("remove", "web"), "has no rules"),
+        (("set", "web", "--path", ""), "an empty text is no rule"),
+        (("set", "web", "--process", " "), "an empty text is no rule"),
     ],
 )
 def test_what_is_no_rule_is_refused(home: Path, arguments: tuple[str, ...], said: str) -> None:

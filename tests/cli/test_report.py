@@ -46,6 +46,16 @@ def test_the_last_day_is_a_lower_bound_where_a_request_is_unpriced(home: Path) -
     assert json.loads(run("--json"))["trend"][-1]["unpriced_requests"] == 1
 
 
+def test_the_command_that_sets_a_price_helps_and_is_whole(home: Path) -> None:
+    lost = replace(made("a", None, model="known"), flags=("aborted", "unpriced:usage"))
+    keep(home, lost, made("b", None, model="m" * 200), made("c", "1"))
+    text = run()
+    assert "        1  anthropic  known  (no usage is stated)\n" in text
+    assert "Set a price" not in text, "there is none for it, and the other's would be cut off"
+    keep(home, made("d", None, model="short"))
+    assert "  Set a price: halton-meter pricing set short --provider anthropic --rate" in run()
+
+
 def test_the_picture_names_cost_groups_shares_and_doubts(home: Path) -> None:
     keep(
         home,

@@ -108,6 +108,40 @@ def test_a_change_of_the_clock_moves_no_hour() -> None:
     undo()
 
 
+@pytest.mark.parametrize("words", [("--since", "999999d"), ("--from", "0900-01-01")])
+def test_a_time_before_all_clocks_is_1970(home: Path, words: tuple[str, str]) -> None:
+    keep(home, made("a", "1", at_ns=at("2026-11-24 12:00")))
+    for more in ((), ("--plot",), ("--by", "day"), ("--vs-previous",)):
+        assert "1970-01-01 00:00 to 2026-11-24 12:00 UTC" in run(*words, *more)
+    found = json.loads(run(*words, "--vs-previous", "--json"))
+    assert found["previous"]["from"] == "1970-01-01T00:00:00.000000Z"
+    assert found["totals"]["list_usd"] == "1"
+    far = json.loads(run("--from", "1971-01-01", "--to", "9999-12-30", "--vs-previous", "--json"))
+    assert far["previous"]["from"] == "1970-01-01T00:00:00.000000Z"
+
+
+@pytest.mark.parametrize("option", ["--since", "--from", "--to"])
+def test_an_empty_time_is_not_everything(home: Path, option: str) -> None:
+    keep(home, made("a", "1", at_ns=at("2026-11-24 12:00")))
+    assert f"{option} '' is not a time" in run(option, "", code=2)
+    assert "each set the beginning" in run("--today", "--since", "", code=2)
+
+
+def test_a_period_without_length_is_told_as_it_was_typed(home: Path) -> None:
+    said = run("--week", "--to", "week", code=2)
+    assert "the period ends when it begins: --week --to week" in said
+
+
+@pytest.mark.parametrize("more", [(), ("--today",), ("--today", "--plot"), ("--model", "x")])
+def test_a_newcomer_is_told_how_to_begin_whatever_the_period(
+    home: Path, more: tuple[str, ...]
+) -> None:
+    assert run(*more).startswith("Nothing metered yet. Try: halton-meter run -- CMD")
+    keep(home, made("a", "1", at_ns=at("2026-01-24 12:00")))
+    if more:
+        assert run(*more) == "No requests match. All that are stored: halton-meter report\n"
+
+
 def test_week_and_month_choose_what_is_counted(home: Path) -> None:
     store = keep(
         home,

@@ -378,6 +378,13 @@ def test_a_summary_that_fails_at_the_end_says_so_in_plain_words(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("then", ["stop", "end"])
+def test_what_follows_at_a_limit_needs_one(then: str) -> None:
+    done = CliRunner().invoke(main, ["run", "--at-limit", then, "--", "true"])
+    assert done.exit_code == 2
+    assert f"--at-limit {then} needs a limit\n  fix: add it: --max-usd 2" in done.output
+
+
 def test_run_does_not_promise_to_see_java_by_uprobes(tmp_path: Path) -> None:
     arguments = ["run", "--via", "uprobes", "--java", "true"]
     done = CliRunner().invoke(main, arguments, env={"HALTON_METER_HOME": str(tmp_path)})

@@ -147,6 +147,11 @@ def test_no_such_session(home: Path, options: list[str]) -> None:
     assert "halton-meter session list" in text
 
 
+def test_an_empty_text_is_no_beginning_of_every_session(home: Path) -> None:
+    said = run("session", "show", "", code=2)
+    assert "an empty text names no session\n  fix: halton-meter session list" in said
+
+
 def test_an_empty_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALTON_METER_HOME", str(tmp_path))
     assert "Nothing metered yet" in run("session", "list")
@@ -263,3 +268,15 @@ def test_the_fix_of_no_session_is_not_a_list_that_says_the_same(
         done = CliRunner().invoke(main, ["session", "show", "latest"])
         assert (done.exit_code, said in done.stderr) == (1, True), done.stderr
         assert "session list" not in done.stderr
+
+
+def test_running_cost_is_exact_also_beyond_28_digits(home: Path) -> None:
+    """Of a large and a tiny amount together; the sums of the database are."""
+    store, prices = Store(home), ("1234.5", "0.00000000000000000000000003", "0.25")
+    store.append(asked(f"x{n}", "exact-1", n, usd) for n, usd in enumerate(prices))
+    store.flush()
+    found = json.loads(run("session", "show", "exact-1", "--json"))
+    wanted = "1234.75000000000000000000000003"
+    assert found["session"]["list_usd"] == wanted
+    assert found["requests"][-1]["running_list_usd"] == wanted
+    assert found["agents"][0]["list_usd"] == wanted

@@ -146,3 +146,30 @@ def test_a_name_of_bytes_that_are_no_text_is_one_for_every_command(home: Path) -
         "1 request would move from project 'a\ufffdb'"
         in CliRunner().invoke(main, ["retag", "--from", typed, "--to", "b"]).output
     )
+
+
+def test_ctrl_c_is_no_answer_and_needs_no_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 would mean "over" to a script that asks `budget check`."""
+    monkeypatch.setenv("HALTON_METER_HOME", str(tmp_path))
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("halton_meter.cli.budget.configured", interrupted)
+    done = CliRunner().invoke(main, ["budget", "check"])
+    assert (done.exit_code, done.output) == (130, "")
+
+
+def test_ctrl_c_while_the_program_is_still_imported_is_no_traceback() -> None:
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'click': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted()); sys.argv = ['halton-meter', 'report']\n"
+        "from halton_meter.entry import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -78,6 +78,29 @@ def test_a_price_is_rounded_and_never_cut_off_where_the_terminal_is_narrow(
     assert re.search(rf" {re.escape(said)} ok", told[-1]), told[-1]
 
 
+@pytest.mark.parametrize(
+    ("cells", "heading"),
+    [
+        (79, "TIME CLIENT PROJECT MODEL IN CACHED OUT PRICE STATUS"),
+        (72, "TIME CLIENT PROJECT MODEL IN OUT PRICE STATUS"),
+        (60, "TIME PROJECT MODEL OUT PRICE STATUS"),
+        (41, "TIME MODEL PRICE STATUS"),
+        (24, "TIME PRICE STATUS"),
+    ],
+)
+def test_in_a_narrow_terminal_less_telling_columns_go_and_the_price_stays(
+    store: Store, monkeypatch: pytest.MonkeyPatch, cells: int, heading: str
+) -> None:
+    module = importlib.import_module("halton_meter.cli.tail")
+    monkeypatch.setattr(module, "columns", lambda: cells)
+    told: list[str] = []
+    monkeypatch.setattr(click, "echo", told.append)
+    module._Lines(to_terminal=True)([made("e1", "0.25", **now())])
+    assert told[0].split() == heading.split()
+    assert told[-1].endswith("  $0.2500 ok")
+    assert all(len(line) <= cells for line in told)
+
+
 def test_a_line_says_who_asked_which_model_for_what_and_how_it_ended(store: Store) -> None:
     tokens = Tokens(input=1200, cache_read=48_210, output=512)
     at = datetime.now().replace(hour=9, minute=30, second=5, microsecond=0)

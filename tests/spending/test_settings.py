@@ -53,6 +53,8 @@ def test_a_budget_needs_its_limit_alone() -> None:
         (0.1, "0.10"),
         ("12.50", "12.50"),
         ("$1,250", "1250.00"),
+        ("1,234,567.8", "1234567.80"),
+        ("1_000", "1000.00"),
         ("20 USD", "20.00"),
         (".5", "0.50"),
     ],
@@ -65,6 +67,20 @@ def test_amounts_are_exact(value: object, usd: str) -> None:
     "value", [0, -1, 0.001, 12.345, "12.345", "abc", "", True, None, [], 1e300, float("nan"), "1e9"]
 )
 def test_what_is_no_amount(value: object) -> None:
+    with pytest.raises(NotMoney):
+        money(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"), [("5,50", "5.50"), ("0,5", "0.50"), ("1250,00", "1250.00")]
+)
+def test_a_comma_before_the_cents_is_not_a_hundred_times_as_much(value: str, meant: str) -> None:
+    with pytest.raises(NotMoney, match=f"did you mean {meant}"):
+        money(value)
+
+
+@pytest.mark.parametrize("value", ["1,2345", "1.250,00", "1,,000", "12_3", "5,"])
+def test_thousands_are_three_digits(value: str) -> None:
     with pytest.raises(NotMoney):
         money(value)
 

@@ -360,6 +360,25 @@ def test_the_guard_has_the_actions_carried_out_by_another_process(home: Path) ->
     found.close(let_go=True)
 
 
+def test_what_is_due_at_the_end_is_done_though_nobody_meters_any_more(home: Path) -> None:
+    """A `run` ends within milliseconds of the answer that passed a threshold."""
+    out = home / "out"
+    found = guard_of(home, f'command = "echo $HALTON_BUDGET_THRESHOLD >> {out}"')
+    found.keep([now_event(1, "9")])
+    found.close(let_go=True)
+    wait_until(lambda: out.exists() and out.read_text().split() == ["50", "80"], "the command")
+
+
+def test_what_is_to_be_tried_again_later_is_not_done_at_the_end(home: Path) -> None:
+    out = home / "out"
+    found = guard_of(home, f'command = "touch {out}"')
+    fire(home, command=Deed(tries=1, next_at_ns=time.time_ns() + 30 * 10**9))
+    found.look(time.monotonic() + 10)
+    found.close(let_go=True)
+    assert deeds(home)["command"].state == PENDING
+    assert not out.exists()
+
+
 def test_a_budget_that_is_set_while_metering_counts(home: Path) -> None:
     found = Guard(home, identity(os.getpid()), lambda: refresh(home))
     found.look()

@@ -195,6 +195,16 @@ def test_coverage_says_what_was_cut_off_estimated_unpriced_and_lost(store: Store
     assert coverage["losses"] == {"ring_full": 9}
 
 
+def test_no_price_is_asked_for_where_only_the_usage_is_missing(store: Store) -> None:
+    lost = replace(made("a", None, model="known"), flags=("unpriced:usage",))
+    new = replace(made("b", None, model="new"), flags=("unpriced:model=new",))
+    both = [replace(lost, usage=replace(lost.usage, id=each, model="new")) for each in ("c", "d")]
+    models = asked(store, [lost, new, *both]).json()["coverage"]["unpriced_models"]
+    commands = {each["model"]: each["set_price"] for each in models}
+    assert commands["known"] is None
+    assert commands["new"].startswith("halton-meter pricing set new ")
+
+
 def test_a_command_to_copy_cannot_be_subverted_by_a_model_s_name() -> None:
     command = report_module.set_price_command("openai", "x; rm -rf ~")
     assert command is not None

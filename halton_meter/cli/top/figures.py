@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 from halton_meter.live.totals import usd_of
-from halton_meter.model import Outcome, PricedEvent, client_of
+from halton_meter.model import Outcome, PricedEvent, client_of, total_usd
 from halton_meter.store.following import ended_ns
 
 MINUTE_NS = 60 * 10**9
@@ -70,7 +70,7 @@ class Count:
             _plus(self.cached, other.cached),
             _plus(self.written, other.written),
             _plus(self.output, other.output),
-            other.usd if self.usd is None else self.usd + (other.usd or 0),
+            total_usd((self.usd, other.usd)),
             self.unpriced + other.unpriced,
             self.guessed or other.guessed,
         )
