@@ -229,4 +229,7 @@ def _not_whole(result: RunResult) -> list[str]:
     """Why the recording ends before the command did, if it does."""
     assert result.recorded is not None
     causes = [result.recorded.error, *(cause for _, _, cause in result.outages)]
+    if cut := result.recorded.without_beginning:
+        late = f"{count(cut, 'connection')} without the beginning, as the keys came too late"
+        causes.append(f"{late}. Use: --via uprobes")
     return [f"  the recording is not whole: {each}" for each in causes if each]

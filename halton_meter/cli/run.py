@@ -311,7 +311,8 @@ def through_key_log(
         result = meter_command(command, home, environment, hosts, link, keeping, connectors)
     finally:
         keeping.close()
-    result.recorded = Recorded(keeping.connections, keeping.packets, keeping.error)
+    written = keeping.connections, keeping.packets
+    result.recorded = Recorded(*written, keeping.error, keeping.without_beginning)
     return result
 
 

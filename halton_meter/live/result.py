@@ -13,11 +13,15 @@ from halton_meter.live.unmetered import Unmetered
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What `record` wrote; `error` is why it stopped before the end, None when it did not."""
+    """What `record` wrote; `error` is why it stopped before the end, None when it did not.
+
+    Of so many connections `without_beginning` too much waited for their keys.
+    """
 
     connections: int
     packets: int
     error: str | None
+    without_beginning: int = 0
 
 
 class RunLimit(NamedTuple):

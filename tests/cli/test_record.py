@@ -18,13 +18,15 @@ from halton_meter.problem import Problem, Unavailable
 
 def test_a_recording_that_ended_before_its_command_is_told_as_such(tmp_path: Path) -> None:
     result = RunResult()
-    result.recorded = Recorded(1, 33, "No space left on device")
+    result.recorded = Recorded(1, 33, "No space left on device", without_beginning=1)
     result.outages.append((1, 2, "the process that captures packets ended"))
     file = tmp_path / "recorded.pcapng"
     assert _recorded_lines(result, file, "keylog") == [
         f"  recorded: 1 connection, 33 packets in {file}; it holds prompts and credentials",
         "  the recording is not whole: No space left on device",
         "  the recording is not whole: the process that captures packets ended",
+        "  the recording is not whole: 1 connection without the beginning, as the keys came too "
+        "late. Use: --via uprobes",
         f"  Use: halton-meter replay {file}",
     ]
 
