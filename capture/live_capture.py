@@ -169,7 +169,7 @@ class LiveCapture:
         found = self._rest()
         self._reassembly.finish()
         self._connections.flush()
-        self._key_files.poll()
+        self._key_files.poll_all()
         self._reader.keys_came()
         self._reader.finish()
         self._quic.keys_came()

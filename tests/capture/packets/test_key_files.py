@@ -64,6 +64,25 @@ def test_a_file_that_was_cut_off_and_has_grown_past_its_old_size_is_read_anew(
     assert len(keys) == 4
 
 
+def test_of_a_file_that_is_long_already_the_end_is_read_and_all_that_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(key_files, "OLD_BYTES_MAX", 10_000)
+    monkeypatch.setattr(key_files, "READ_BYTES_MAX", 4_000)
+    keys, path = KeyLog(), tmp_path / "keys.log"
+    size = len(line(0))
+    path.write_text("".join(line(number) for number in range(1_000)))
+    files = KeyFiles([path], keys)
+    assert files.poll_all() == 10_000 // size
+    assert bytes.fromhex(f"{999:064x}") in keys
+    with path.open("a") as file:
+        file.writelines(line(number) for number in range(1_000, 1_060))
+    assert sum(files.poll() for _ in range(4)) == 60
+    path.write_text("".join(line(number) for number in range(2_000, 3_000)))  # rotated
+    assert files.poll_all() >= 10_000 // size
+    assert bytes.fromhex(f"{2_999:064x}") in keys
+
+
 def test_a_hole_of_gigabytes_is_stepped_over(tmp_path: Path) -> None:
     keys, path = KeyLog(), tmp_path / "keys.log"
     files = KeyFiles([path], keys)
