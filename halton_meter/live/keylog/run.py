@@ -93,9 +93,16 @@ def meter_command(
         finally:
             metering.finish(result)
         result.still_running = left_running.names_of(told_alone)
+        if not is_private and (why := told.why_no_keys(keys)) and _matters(keys, result):
+            result.keys_error = f"no keys from {told.KEYS_VARIABLE}={keys}: {why}"
     if not ran:
         result.connections = None
     return result
+
+
+def _matters(keys: Path, result: RunResult) -> bool:
+    """Whether the command lacked keys, or may have been held up: who opens a pipe waits there."""
+    return bool(result.unmetered) or keys.is_fifo()
 
 
 class _Metering:
