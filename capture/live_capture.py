@@ -160,6 +160,8 @@ class LiveCapture:
             self._quic.keys_came()
         self._reader.expire(self._clock())
         self._quic.expire(self._clock())
+        if self._keeping is not None:
+            self._keeping.flush()
         found = list(self._ready)
         self._ready.clear()
         return found

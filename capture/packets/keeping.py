@@ -49,6 +49,10 @@ class CaptureWriter:
         head = struct.pack("<IIIII", 0, at_ns >> 32, at_ns & 0xFFFFFFFF, size, size)
         self._write(_PACKET, head + data)
 
+    def flush(self) -> None:
+        """What was written so far is in the file, whatever becomes of this process."""
+        self._file.flush()
+
     def close(self) -> None:
         """The file is whole."""
         self._file.close()
@@ -124,6 +128,14 @@ class Keeping:
     def forget(self, key: bytes) -> None:
         """A connection that is not kept."""
         self._forget(min(key, _reverse(key)))
+
+    def flush(self) -> None:
+        """Nothing more comes for a moment."""
+        if self.error is None:
+            try:
+                self._writer.flush()
+            except OSError as error:
+                self._fail(error)
 
     def close(self) -> None:
         """Nothing more comes."""

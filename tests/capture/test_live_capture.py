@@ -454,6 +454,19 @@ def test_connections_that_share_a_udp_socket_are_all_kept_with_their_secrets(
     assert source.findings.losses == {}
 
 
+def test_what_was_kept_is_in_the_file_whatever_becomes_of_us(tmp_path: Path) -> None:
+    given = recording()
+    path, copy = tmp_path / "kept.pcapng", tmp_path / "copy.pcapng"
+    keeping = Keeping(CaptureWriter(path))
+    bench = Bench(tmp_path / "keys.log", keeping)
+    bench.keys.write_text(given.secrets)
+    bench.play(given.packets)
+    copy.write_bytes(path.read_bytes())  # as kill -9 would leave it
+    bench.finish()
+    again = list(PcapSource([copy]).items())
+    assert whole(again, Direction.RECEIVED) == BODY
+
+
 def test_a_full_disk_is_told_and_metering_goes_on(tmp_path: Path) -> None:
     writer = CaptureWriter(tmp_path / "kept.pcapng")
     writer._file.close()
