@@ -35,6 +35,7 @@ class Plaintext:
     offset: int = 0
     end_position: int | None = None  # of the last record dealt with, in the TCP stream
     end_index: int = 0  # encrypted records up to there
+    handshake_end: int = 0  # of the last record before the first that was read, as far as was seen
     base: int | None = None  # record number = index + base, once proven
     sample: tuple[bytes, int] | None = None
     opener: tls.Opener | None = None
@@ -237,6 +238,7 @@ class Opening:
         before = work.half.offset
         for record, index, position in encrypted_records(work):
             if not work.asked and self._open_early(work, record, position):
+                work.half.handshake_end = position + len(record)
                 continue
             if opener is None or opener.hopeless:
                 self.losses["tls_records_undecryptable"] += record[0] == tls.APPLICATION
@@ -285,6 +287,8 @@ class Opening:
                 # A second handshake, under keys that only tshark follows: no data is missing.
                 self._handled(half, position + len(record), index + 1)
             before_data = half.base is None and half.sample is None
+            if before_data:
+                half.handshake_end = position + len(record)
             if not before_data or index >= tls.HANDSHAKE_RECORDS_MAX:
                 self.losses["tls_records_undecryptable"] += record[0] == tls.APPLICATION
             return
@@ -292,7 +296,13 @@ class Opening:
         self._claim(work, opener)
         key = opener.key
         assert key is not None
-        missing = 0 if half.base is None else number - (half.end_index + half.base)
+        if half.base is not None:
+            missing = number - (half.end_index + half.base)
+        elif work.keys.client_random is not None and not work.whole and number > (not key.tls13):
+            # The first ones: they are numbered from the handshake on, or from its last message on.
+            missing, half.end_position = number, half.handshake_end
+        else:
+            missing = 0
         half.offset += self._gap(half, position, missing * key.overhead)
         half.base = number - index
         self._handled(half, position + len(record), index + 1)

@@ -179,6 +179,17 @@ def test_a_hole_is_measured_and_what_follows_is_read(bench: Bench, seed: int) ->
     assert at < len(BODY) <= end + 32_768
 
 
+def test_a_first_request_that_was_lost_is_a_hole_of_its_length(bench: Bench) -> None:
+    given = recording()
+    sizes = [each.payload if each.sent else 0 for each in given.packets]
+    lost = sizes.index(len(REQUEST) + 22)
+    bench.keys.write_text(given.secrets)
+    bench.play([*given.packets[:lost], *given.packets[lost + 1 :]])
+    bench.finish()
+    assert said(bench.items, Direction.SENT) == [(len(REQUEST), REQUEST)]
+    assert whole(bench.items, Direction.RECEIVED) == BODY
+
+
 def test_dropped_packets_are_counted(bench: Bench) -> None:
     bench.send(sniffer.HEAD.pack(sniffer.DROPPED, 0, 12))
     bench.send(sniffer.HEAD.pack(sniffer.DROPPED, 0, 5))

@@ -73,7 +73,7 @@ def test_a_text_that_is_left_is_found_and_no_file_is_made(
     assert list(tmp_path.glob(".halton*")) == []
 
 
-@pytest.mark.parametrize("lost", [42, 54, 66])
+@pytest.mark.parametrize("lost", [15, 18, 42, 54, 66])
 def test_a_capture_that_lost_a_packet_of_a_stream_is_redacted(lost: int, tmp_path: Path) -> None:
     """What was removed behind the hole, where nobody can tell, are names that stay elsewhere."""
     path = FOLDER / "openai_stream_ipv6_small_segments.pcapng"
