@@ -131,12 +131,20 @@ _END_OF_EARLY_DATA = b"\x05"
 class Opening:
     """Plaintext of one or many connections, given out in order within each.
 
-    `losses` counts by cause, `decrypted` the connections of which something was read.
+    `losses` counts by cause, `decrypted` the connections of which something was read. `unread` is
+    told of each one that ends with data of which nothing could be decrypted.
     """
 
-    def __init__(self, keys: KeyLog, give: Callable[[TlsChunk | TlsClosed], None]) -> None:
+    def __init__(
+        self,
+        keys: KeyLog,
+        give: Callable[[TlsChunk | TlsClosed], None],
+        unread: Callable[[Connection], None] = lambda connection: None,
+    ) -> None:
         self._keys = keys
         self._give = give
+        self._unread = unread
+        self._undecryptable: set[str] = set()
         self._trials_left = TRIALS_MAX
         self._claimed: set[bytes] = set()
         self.losses: Counter[str] = Counter()
@@ -146,7 +154,11 @@ class Opening:
     def do(self, work: Work, found: bytes = b"") -> None:
         """Deal with the next piece of a connection; `found` is what tshark made of its records."""
         if isinstance(work, TlsClosed):
+            connection = work.connection
+            if connection.id in self._undecryptable and connection.id not in self._being_read:
+                self._unread(connection)
             self._being_read.discard(work.connection.id)
+            self._undecryptable.discard(work.connection.id)
             self._give(work)
         elif isinstance(work, Records):
             self._records(work, found)
@@ -242,6 +254,8 @@ class Opening:
                 continue
             if opener is None or opener.hopeless:
                 self.losses["tls_records_undecryptable"] += record[0] == tls.APPLICATION
+                if record[0] == tls.APPLICATION:
+                    self._undecryptable.add(work.half.connection.id)
             elif record[0] == tls.APPLICATION or not opener.tls13:
                 self._open_one(work, opener, record, index, position)
         if found and work.half.offset == before:  # early data: under a key of its own

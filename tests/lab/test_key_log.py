@@ -156,6 +156,18 @@ def test_a_key_file_that_is_long_already_is_read_from_near_its_end(lab: Lab, hom
     assert told["keys_error"] is None
 
 
+def test_a_connection_that_its_keys_do_not_open_is_named_and_not_metered(
+    lab: Lab, home: Path
+) -> None:
+    suite = ["--tls-max", "1.2", "--ciphers", "ECDHE-ECDSA-AES128-SHA256:@SECLEVEL=0"]
+    done, told = run(lab, home, *curl(1, *suite))
+    assert done.returncode == 0, done.stderr
+    assert "no request was metered; what the command spent is not known" in done.stderr
+    assert "curl to api.anthropic.com, 1 connection: its TLS keys did not open it" in done.stderr
+    assert (told["connections"]["metered"], told["connections"]["seen"]) == (0, 1)
+    assert [each["cause"] for each in told["unmetered"]] == ["not_decrypted"]
+
+
 def test_the_keys_are_deleted_and_the_exit_code_is_the_command_s(lab: Lab, home: Path) -> None:
     done, _ = run(lab, home, "sh", "-c", 'echo "$SSLKEYLOGFILE"; exit 7')
     assert done.returncode == 7

@@ -33,7 +33,7 @@ from halton_meter.live.foreground import in_foreground
 from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.keylog import told
-from halton_meter.live.keylog.intake import NO_KEYS, Intake
+from halton_meter.live.keylog.intake import NO_KEYS, NOT_DECRYPTED, Intake
 from halton_meter.live.keylog.owners import Owners
 from halton_meter.live.keylog.private_folder import KEYS, private_folder
 from halton_meter.live.pipeline import Pipeline, prepare_home
@@ -145,6 +145,7 @@ class _Metering:
             keeping=keeping,
             udp_owner=self._owners.find_udp,
             quic=self._miss_quic,
+            unread=lambda connection, host: self._miss(connection, host, NOT_DECRYPTED),
         )
         if keeping is not None:
             self._meter.on_asked = self._source.keep
@@ -239,8 +240,8 @@ class _Metering:
             self._guessed[connection.id] = known
         return replace(item, connection=known)
 
-    def _miss(self, connection: Connection, host: str) -> None:
-        """A connection to a provider that no keys came for.
+    def _miss(self, connection: Connection, host: str, cause: str = NO_KEYS) -> None:
+        """A connection to a provider that no keys came for, or that these did not open.
 
         It counts unless it is known to be another program's: who had ended when we looked for the
         process may well have been of the command.
@@ -250,7 +251,7 @@ class _Metering:
             return
         if process is None and not host:  # nothing says that it is a provider's, or ours
             return
-        self._intake.miss(process, host, NO_KEYS)
+        self._intake.miss(process, host, cause)
 
     def _miss_quic(self, process: Process | None, host: str) -> None:
         """The same of a QUIC connection."""
