@@ -79,13 +79,13 @@ class KeyFiles:
         return found
 
     def poll_all(self) -> int:
-        """The same of all that is there now, however much that is of one file."""
+        """The same at the end: all that is there, and a last line that nobody will end."""
         found = 0
         for _ in range(OLD_BYTES_MAX // READ_BYTES_MAX + 1):
             found += self.poll()
             if not self._left:
                 break
-        return found
+        return found + sum(self._keys.add(each.rest) for each in self._files.values())
 
     def _all(self) -> Iterator[Path]:
         for path in self._paths:

@@ -32,6 +32,15 @@ def test_a_file_that_comes_late_and_grows(tmp_path: Path) -> None:
     assert len(keys) == 3
 
 
+def test_a_last_line_without_an_end_is_read_at_the_end(tmp_path: Path) -> None:
+    keys, path = KeyLog(), tmp_path / "keys.log"
+    path.write_text(line(1) + line(2).rstrip())
+    files = KeyFiles([path], keys)
+    assert (files.poll(), len(keys)) == (1, 1)
+    files.poll_all()
+    assert len(keys) == 2
+
+
 @pytest.mark.parametrize("how", ["cut off", "replaced"])
 def test_a_file_that_begins_anew_is_read_from_its_beginning(tmp_path: Path, how: str) -> None:
     keys, path = KeyLog(), tmp_path / "keys.log"
