@@ -62,7 +62,8 @@ class LiveCapture:
     `link` is a socket to a sniffer, `keys` are key log files or folders of them. `wanted` says by
     server name which connections are metered. `owner` finds a connection's process by its client
     and server addresses, and is told whether the connection is known to be wanted. `missing` is
-    told of wanted connections that got no keys, with the host. `findings` and `losses` count.
+    told of wanted connections that got no keys, with the host, `unread` of those whose keys opened
+    nothing. `findings` and `losses` count.
     `clock` gives the time of packets, in ns. `keeping` records what is read. `own_keys` is a folder
     of keys in which what was read is wiped. `udp_owner` finds the process of a QUIC connection by
     the client's address, `quic` is told of those to wanted hosts that got no keys.
@@ -80,6 +81,7 @@ class LiveCapture:
         own_keys: Path | None = None,
         udp_owner: Callable[[Address], Process | None] = lambda client: None,
         quic: Callable[[Process | None, str], object] = lambda process, host: None,
+        unread: Callable[[Connection, str], None] = lambda connection, host: None,
     ) -> None:
         self.findings = Findings()
         self._dropped = 0
@@ -94,7 +96,12 @@ class LiveCapture:
         self._keeping = keeping
         # By connection, of those that may be kept: addresses and ports, client random.
         self._hellos: OrderedDict[str, tuple[bytes, bytes]] = OrderedDict()
-        self._reader = AwaitingKeys(self._keys, self._give, self._without_keys)
+        self._reader = AwaitingKeys(
+            self._keys,
+            self._give,
+            self._without_keys,
+            lambda connection: unread(connection, connection.peer or ""),
+        )
         live = Live(
             Source.KEYLOG,
             lambda flow, wanted: owner(flow.client, flow.server, wanted),
@@ -160,6 +167,8 @@ class LiveCapture:
             self._quic.keys_came()
         self._reader.expire(self._clock())
         self._quic.expire(self._clock())
+        if self._keeping is not None:
+            self._keeping.flush()
         found = list(self._ready)
         self._ready.clear()
         return found
@@ -169,7 +178,7 @@ class LiveCapture:
         found = self._rest()
         self._reassembly.finish()
         self._connections.flush()
-        self._key_files.poll()
+        self._key_files.poll_all()
         self._reader.keys_came()
         self._reader.finish()
         self._quic.keys_came()

@@ -51,7 +51,8 @@ class _Waiting:
 class AwaitingKeys:
     """A reader of all connections (`records.Reader` and `records.Readers`).
 
-    `missing` is told of each connection whose keys did not come.
+    `missing` is told of each connection whose keys did not come, `unread` of each whose keys opened
+    nothing.
     """
 
     is_spent = True
@@ -61,10 +62,11 @@ class AwaitingKeys:
         keys: KeyLog,
         give: Callable[[TlsChunk | TlsClosed], None],
         missing: Callable[[Connection], None],
+        unread: Callable[[Connection], None] = lambda connection: None,
     ) -> None:
         self._keys = keys
         self._missing = missing
-        self._opening = Opening(keys, give)
+        self._opening = Opening(keys, give, unread)
         self.losses = self._opening.losses
         self._waiting: OrderedDict[str, _Waiting] = OrderedDict()
         self._waiting_bytes = 0

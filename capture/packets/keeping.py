@@ -17,6 +17,8 @@ from pathlib import Path
 CONNECTION_BYTES_MAX = 4 << 20
 WAITING_BYTES_MAX = 64 << 20
 PACKET_COST_BYTES = 128
+# Connections that are remembered as forgotten.
+CUT_MAX = 65_536
 FILE_BYTES_MAX = 2 << 30
 
 _RAW_IP, _NANOSECONDS = 101, 9
@@ -47,6 +49,10 @@ class CaptureWriter:
         head = struct.pack("<IIIII", 0, at_ns >> 32, at_ns & 0xFFFFFFFF, size, size)
         self._write(_PACKET, head + data)
 
+    def flush(self) -> None:
+        """What was written so far is in the file, whatever becomes of this process."""
+        self._file.flush()
+
     def close(self) -> None:
         """The file is whole."""
         self._file.close()
@@ -75,6 +81,8 @@ class Keeping:
         self.connections = 0
         self.packets = 0
         self.forgotten = 0  # connections of which too much waited
+        self._cut: OrderedDict[bytes, None] = OrderedDict()  # those of them that may be kept yet
+        self.without_beginning = 0  # connections that are kept although too much of them waited
         self.error: str | None = None
 
     def packet(self, at_ns: int, data: bytes) -> None:
@@ -85,6 +93,7 @@ class Keeping:
         key, flags = found
         if flags & (_SYN | _ACK) == _SYN:  # another connection between these ports
             self._kept.discard(key)
+            self._cut.pop(key, None)
             self._forget(key)
         if key in self._kept:
             self._write(at_ns, data)
@@ -94,24 +103,24 @@ class Keeping:
         self._bytes[key] = self._bytes.get(key, 0) + cost
         self._waiting_bytes += cost
         if self._bytes[key] > CONNECTION_BYTES_MAX:
-            self._forget(key)
-            self.forgotten += 1
+            self._cut_off(key)
         while self._waiting_bytes > WAITING_BYTES_MAX:
-            self._forget(next(iter(self._waiting)))
-            self.forgotten += 1
+            self._cut_off(next(iter(self._waiting)))
 
     def keep(self, key: bytes, secrets: bytes) -> None:
         """Keep a connection from its beginning on; `secrets` are its key log lines."""
         key = min(key, _reverse(key))
-        if key in self._kept:
-            return
-        self._kept.add(key)
-        self.connections += 1
         if self.error is None:
             try:
                 self._writer.secrets(secrets)
             except OSError as error:
                 self._fail(error)
+        self.connections += 1
+        if key in self._kept:  # a UDP socket's next connection to the same server
+            return
+        self._kept.add(key)
+        self.without_beginning += key in self._cut
+        self._cut.pop(key, None)
         for at_ns, data in self._waiting.get(key, ()):
             self._write(at_ns, data)
         self._forget(key)
@@ -119,6 +128,14 @@ class Keeping:
     def forget(self, key: bytes) -> None:
         """A connection that is not kept."""
         self._forget(min(key, _reverse(key)))
+
+    def flush(self) -> None:
+        """Nothing more comes for a moment."""
+        if self.error is None:
+            try:
+                self._writer.flush()
+            except OSError as error:
+                self._fail(error)
 
     def close(self) -> None:
         """Nothing more comes."""
@@ -142,6 +159,14 @@ class Keeping:
 
     def _fail(self, error: OSError) -> None:
         self.error = self.error or error.strerror or str(error)
+
+    def _cut_off(self, key: bytes) -> None:
+        """Forget what waits of a connection, as it is too much; it may be kept from here on."""
+        self._forget(key)
+        self.forgotten += 1
+        self._cut[key] = None
+        if len(self._cut) > CUT_MAX:
+            self._cut.popitem(last=False)
 
     def _forget(self, key: bytes) -> None:
         self._waiting.pop(key, None)

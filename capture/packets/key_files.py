@@ -2,6 +2,8 @@
 
 A path is a file, or a folder whose files are key logs. A file may appear late, grow, be cut off or
 be replaced: then it is read from its beginning, and a secret that is known already changes nothing.
+One that is long when it is first seen is read from `OLD_BYTES_MAX` before its end: what is older is
+of connections that have ended, and to read all would keep those waiting that begin now.
 Nothing is deleted here. In a folder that is ours, what was read becomes a hole in its file at once,
 so that secrets stay on no disk, and files that programs append to for ever take no room. Whoever
 looks often spends `SHARE` of a core on it at most.
@@ -22,6 +24,7 @@ from pathlib import Path
 from capture.packets.keylog import LINE_BYTES_MAX, KeyLog
 
 READ_BYTES_MAX = 4 << 20  # of one file at one look
+OLD_BYTES_MAX = 16 << 20  # of one file at its first look: some 20,000 handshakes
 BEFORE_BYTES = 64
 FILES_MAX = 4_096  # of a folder
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
@@ -57,6 +60,7 @@ class KeyFiles:
         self._keys = keys
         self._files: dict[Path, _File] = {}
         self._rest_until = 0.0
+        self._left = False  # whether a file has more than was read at the last look
 
     def poll(self, *, rested: bool = False) -> int:
         """Read what is new; how many secrets were found in it.
@@ -68,10 +72,20 @@ class KeyFiles:
             return 0
         known, self._files = self._files, {}
         self.troubles = {}
+        self._left = False
         found = sum(self._read(path, known) for path in self._all())
         took = time.monotonic() - began
         self._rest_until = began + (0.0 if found else took / SHARE)
         return found
+
+    def poll_all(self) -> int:
+        """The same at the end: all that is there, and a last line that nobody will end."""
+        found = 0
+        for _ in range(OLD_BYTES_MAX // READ_BYTES_MAX + 1):
+            found += self.poll()
+            if not self._left:
+                break
+        return found + sum(self._keys.add(each.rest) for each in self._files.values())
 
     def _all(self) -> Iterator[Path]:
         for path in self._paths:
@@ -114,6 +128,8 @@ class KeyFiles:
             with open(path, mode, 0, opener=opener) as file:
                 if not known.follows(file.fileno()):
                     known.position, known.rest = 0, b""
+                if not known.position:
+                    known.position = max(0, found.st_size - OLD_BYTES_MAX)
                 known.position = _data_from(file.fileno(), known.position, found.st_size)
                 file.seek(known.position)
                 data = file.read(READ_BYTES_MAX) or b""
@@ -122,6 +138,7 @@ class KeyFiles:
         except OSError as error:
             self._trouble(path, error)
         known.position += len(data)
+        self._left |= bool(data) and known.position < found.st_size
         known.before = b"" if is_ours else data[-BEFORE_BYTES:]
         data = data.lstrip(b"\0")  # the rest of a block that was wiped
         lines, newline, rest = (known.rest + data).rpartition(b"\n")

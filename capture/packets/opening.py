@@ -35,6 +35,7 @@ class Plaintext:
     offset: int = 0
     end_position: int | None = None  # of the last record dealt with, in the TCP stream
     end_index: int = 0  # encrypted records up to there
+    handshake_end: int = 0  # of the last record before the first that was read, as far as was seen
     base: int | None = None  # record number = index + base, once proven
     sample: tuple[bytes, int] | None = None
     opener: tls.Opener | None = None
@@ -130,12 +131,20 @@ _END_OF_EARLY_DATA = b"\x05"
 class Opening:
     """Plaintext of one or many connections, given out in order within each.
 
-    `losses` counts by cause, `decrypted` the connections of which something was read.
+    `losses` counts by cause, `decrypted` the connections of which something was read. `unread` is
+    told of each one that ends with data of which nothing could be decrypted.
     """
 
-    def __init__(self, keys: KeyLog, give: Callable[[TlsChunk | TlsClosed], None]) -> None:
+    def __init__(
+        self,
+        keys: KeyLog,
+        give: Callable[[TlsChunk | TlsClosed], None],
+        unread: Callable[[Connection], None] = lambda connection: None,
+    ) -> None:
         self._keys = keys
         self._give = give
+        self._unread = unread
+        self._undecryptable: set[str] = set()
         self._trials_left = TRIALS_MAX
         self._claimed: set[bytes] = set()
         self.losses: Counter[str] = Counter()
@@ -145,7 +154,11 @@ class Opening:
     def do(self, work: Work, found: bytes = b"") -> None:
         """Deal with the next piece of a connection; `found` is what tshark made of its records."""
         if isinstance(work, TlsClosed):
+            connection = work.connection
+            if connection.id in self._undecryptable and connection.id not in self._being_read:
+                self._unread(connection)
             self._being_read.discard(work.connection.id)
+            self._undecryptable.discard(work.connection.id)
             self._give(work)
         elif isinstance(work, Records):
             self._records(work, found)
@@ -237,9 +250,12 @@ class Opening:
         before = work.half.offset
         for record, index, position in encrypted_records(work):
             if not work.asked and self._open_early(work, record, position):
+                work.half.handshake_end = position + len(record)
                 continue
             if opener is None or opener.hopeless:
                 self.losses["tls_records_undecryptable"] += record[0] == tls.APPLICATION
+                if record[0] == tls.APPLICATION:
+                    self._undecryptable.add(work.half.connection.id)
             elif record[0] == tls.APPLICATION or not opener.tls13:
                 self._open_one(work, opener, record, index, position)
         if found and work.half.offset == before:  # early data: under a key of its own
@@ -285,6 +301,8 @@ class Opening:
                 # A second handshake, under keys that only tshark follows: no data is missing.
                 self._handled(half, position + len(record), index + 1)
             before_data = half.base is None and half.sample is None
+            if before_data:
+                half.handshake_end = position + len(record)
             if not before_data or index >= tls.HANDSHAKE_RECORDS_MAX:
                 self.losses["tls_records_undecryptable"] += record[0] == tls.APPLICATION
             return
@@ -292,7 +310,13 @@ class Opening:
         self._claim(work, opener)
         key = opener.key
         assert key is not None
-        missing = 0 if half.base is None else number - (half.end_index + half.base)
+        if half.base is not None:
+            missing = number - (half.end_index + half.base)
+        elif work.keys.client_random is not None and not work.whole and number > (not key.tls13):
+            # The first ones: they are numbered from the handshake on, or from its last message on.
+            missing, half.end_position = number, half.handshake_end
+        else:
+            missing = 0
         half.offset += self._gap(half, position, missing * key.overhead)
         half.base = number - index
         self._handled(half, position + len(record), index + 1)

@@ -128,7 +128,16 @@ def _recorded(
         else:
             result = through_own_probes(command, kept.fileno(), fix)
         found = kept_plaintext.read(kept.fileno())
-    size = kept_plaintext.write(found.items, place()) if found.items else (0, 0)
+    size = 0, 0
+    if found.items:
+        target = place()
+        try:
+            size = kept_plaintext.write(found.items, target)
+        except OSError as error:  # no file; what the command spent is told all the same
+            if not isinstance(error, FileExistsError):
+                target.unlink(missing_ok=True)
+            note("\n".join(summary_lines(result)))
+            raise
     result.recorded = Recorded(*size, found.error)
     return result
 
@@ -229,4 +238,7 @@ def _not_whole(result: RunResult) -> list[str]:
     """Why the recording ends before the command did, if it does."""
     assert result.recorded is not None
     causes = [result.recorded.error, *(cause for _, _, cause in result.outages)]
+    if cut := result.recorded.without_beginning:
+        late = f"{count(cut, 'connection')} without the beginning, as the keys came too late"
+        causes.append(f"{late}. Use: --via uprobes")
     return [f"  the recording is not whole: {each}" for each in causes if each]

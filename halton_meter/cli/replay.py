@@ -91,6 +91,7 @@ _STDIN_FILE = re.compile(rf"\S*/{_STDIN_NAME}(?=:| )")
 _CAPTURES = (
     "name pcap or pcapng files, a folder that holds some, a glob pattern, or - for standard input"
 )
+_WHAT_IT_IS = "see what it is: file FILE"
 _LINKS_READ = "Ethernet, PPPoE, raw IP, loopback, Linux cooked (-i any), macOS's pktap"
 
 
@@ -306,8 +307,8 @@ def _problems(
     findings: Findings, without_keys: Counter[str], arguments: Sequence[str]
 ) -> Iterator[Problem]:
     """What could not be read, why, and what to do."""
-    for error in findings.errors:
-        yield Problem(_STDIN_FILE.sub(_STDIN_NAME, error), "")
+    for left, error in enumerate(findings.errors, start=1 - len(findings.errors)):
+        yield Problem(_STDIN_FILE.sub(_STDIN_NAME, error), "" if left else _WHAT_IT_IS)
     if without_keys:
         yield _keys_missing(findings, without_keys, arguments)
     for link, packets in findings.unread_links.most_common():

@@ -314,7 +314,8 @@ def through_key_log(
         result = meter_command(command, home, environment, hosts, link, keeping, connectors)
     finally:
         keeping.close()
-    result.recorded = Recorded(keeping.connections, keeping.packets, keeping.error)
+    written = keeping.connections, keeping.packets
+    result.recorded = Recorded(*written, keeping.error, keeping.without_beginning)
     return result
 
 
@@ -481,6 +482,8 @@ def _troubles(result: RunResult) -> list[str]:
     lines += _still_running_lines(result)
     said = unmetered_lines(result.unmetered, PROCESSES_SHOWN)
     lines += [f"  {line}" for line in said]
+    if result.keys_error:
+        lines.append(f"  {shown(result.keys_error, 300)}. Use: unset SSLKEYLOGFILE")
     if result.price_error:
         lines.append(f"  {result.price_error}")
     if result.waited_ms:
@@ -555,4 +558,5 @@ def _as_json(result: RunResult) -> dict[str, Any]:
         "refused_requests": result.refused,
         "store_error": result.store_error,
         "price_error": result.price_error,
+        "keys_error": result.keys_error,
     }

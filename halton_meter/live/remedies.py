@@ -32,7 +32,7 @@ def fix_for(cause: str, program: str | None, stack: str | None, *, service: bool
         return _OWN_SETTINGS.get(name, _ITS_OWN if stack in _NOT_PROBED else UPROBES)
     if cause == "quic":
         return NO_QUIC
-    if cause == "no_keys":
+    if cause in ("no_keys", "not_decrypted"):
         return _without_keys(name, stack)
     has_uprobes = sys.platform == "linux" and stack not in _NOT_PROBED
     if cause == "trust_not_configurable":

@@ -13,11 +13,15 @@ from halton_meter.live.unmetered import Unmetered
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What `record` wrote; `error` is why it stopped before the end, None when it did not."""
+    """What `record` wrote; `error` is why it stopped before the end, None when it did not.
+
+    Of so many connections `without_beginning` too much waited for their keys.
+    """
 
     connections: int
     packets: int
     error: str | None
+    without_beginning: int = 0
 
 
 class RunLimit(NamedTuple):
@@ -39,9 +43,9 @@ class RunResult:
     `still_running` are the programs of processes that outlived the command and its metering.
     `unseen_ms`: a connection past the proxy that was shorter may not have been seen (None: nobody
     looked that way). `waited_ms` is how long its end waited for searches that tell why something
-    was not metered. `recorded` is of `record` alone. `held` is what was said when a limit held the
-    command last (`live/held.py`), `refused` how many requests were refused there. `exit_code` is
-    the command's, 128 + its signal.
+    was not metered. `keys_error`: why the user's own key file gave no keys. `recorded` is of
+    `record` alone. `held` is what was said when a limit held the command last (`live/held.py`),
+    `refused` how many requests were refused there. `exit_code` is the command's, 128 + its signal.
     """
 
     totals: Totals = field(default_factory=Totals)
@@ -54,6 +58,7 @@ class RunResult:
     outages: list[tuple[int, int, str]] = field(default_factory=list)
     store_error: str | None = None
     price_error: str | None = None
+    keys_error: str | None = None
     unseen_ms: int | None = None
     waited_ms: int = 0
     recorded: Recorded | None = None

@@ -28,6 +28,7 @@ _OF_PROBES: Mapping[str, str] = {
 }
 _OF_KEY_LOG: Mapping[str, str] = {
     "no_keys": "it wrote no TLS keys",
+    "not_decrypted": "its TLS keys did not open it (a CBC suite of TLS 1.2, or other keys)",
 }
 # The same, of what the proxy saw or ought to have seen.
 _OF_PROXY: Mapping[str, str] = {

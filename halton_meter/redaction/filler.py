@@ -104,6 +104,8 @@ class Filler:
     def _made_up(self, raw: bytes) -> bytes:
         prefix = _ID_PREFIX.match(raw)
         start = prefix.end() if prefix is not None else 0
+        if prefix is not None:
+            self.kept.add(prefix.group())
         number = b"%d" % (len(self._ids) + 1)
         letters = bytearray(raw)
         for at in range(len(raw) - 1, start - 1, -1):

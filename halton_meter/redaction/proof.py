@@ -110,6 +110,13 @@ def left_over(path: Path, new: Read, filler: Filler) -> list[str]:
     return search.found[:LEFT_SHOWN]
 
 
+def traces(filler: Filler, text: bytes) -> list[str]:
+    """The same of one text."""
+    search = _Search(filler)
+    search.look("it", text)
+    return search.found
+
+
 def _plaintexts(items: list[TlsChunk | TlsClosed]) -> Iterator[tuple[str, bytes]]:
     talks: dict[str, Conversation] = {}
     halves: dict[tuple[str, object], list[bytes]] = {}
@@ -153,10 +160,12 @@ class _Search:
                 return
 
     def _is_known(self, window: bytes) -> bool:
-        """Whether these bytes are of a protocol, too: part of what stays anyway."""
-        if window in self._kept:
-            return True
-        tokens = _TOKEN.findall(window)
-        return all(
-            token.isdigit() or any(token in word for word in words.all_words()) for token in tokens
-        )
+        """Whether these bytes are of a protocol, or names that stay: part of what stays anyway.
+
+        Behind a hole nobody can tell, so that a model's name was removed there as a text.
+        """
+        return window in self._kept or all(map(self._stays, _TOKEN.findall(window)))
+
+    def _stays(self, token: bytes) -> bool:
+        is_word = any(token in word for word in words.all_words())
+        return token.isdigit() or is_word or token in self._kept

@@ -6,6 +6,7 @@ import random
 import socket
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,15 @@ from tests.capture.packets.test_pcap import (
     STEPS,
     SUITES,
     recording,
+    said,
     whole,
 )
 from tests.capture.packets.test_quic import CRYPTO
 from tests.capture.packets.test_quic import packet as initial
+from tests.capture.packets.test_quic_connections import TALKS, frame_of
 from tests.support.recorder import damage
 from tests.support.recorder.packets import Packet, TcpFlow
+from tests.support.recorder.quic import record as record_quic
 from tests.support.recorder.relay import BEGINNING_NS, GoingOn, Recording, record
 
 ETHERNET_BYTES = 14
@@ -173,6 +177,17 @@ def test_a_hole_is_measured_and_what_follows_is_read(bench: Bench, seed: int) ->
             at += len(item.data)
             end = item.offset + item.length
     assert at < len(BODY) <= end + 32_768
+
+
+def test_a_first_request_that_was_lost_is_a_hole_of_its_length(bench: Bench) -> None:
+    given = recording()
+    sizes = [each.payload if each.sent else 0 for each in given.packets]
+    lost = sizes.index(len(REQUEST) + 22)
+    bench.keys.write_text(given.secrets)
+    bench.play([*given.packets[:lost], *given.packets[lost + 1 :]])
+    bench.finish()
+    assert said(bench.items, Direction.SENT) == [(len(REQUEST), REQUEST)]
+    assert whole(bench.items, Direction.RECEIVED) == BODY
 
 
 def test_dropped_packets_are_counted(bench: Bench) -> None:
@@ -410,6 +425,57 @@ def test_what_waits_to_be_kept_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
     bench.finish()
     assert keeping.forgotten > 0
     assert keeping._waiting_bytes <= 20_000
+
+
+def test_what_waited_too_long_to_be_kept_whole_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("capture.packets.keeping.CONNECTION_BYTES_MAX", 20_000)
+    keeping = Keeping(CaptureWriter(tmp_path / "kept.pcapng"))
+    bench = Bench(tmp_path / "keys.log", keeping)
+    bench.play(recording().packets)
+    bench.keys.write_text(recording().secrets)
+    bench.finish()
+    exact(bench)
+    assert keeping.connections == keeping.without_beginning == 1
+    # The next one between these ports is another one, and whole.
+    hello = recording().packets[0].frame[ETHERNET_BYTES:]
+    keeping.packet(0, hello)
+    keeping.keep(hello[12:24], b"")
+    assert (keeping.connections, keeping.without_beginning) == (2, 1)
+
+
+def test_connections_that_share_a_udp_socket_are_all_kept_with_their_secrets(
+    tmp_path: Path,
+) -> None:
+    first, second = (record_quic(HOST, TALKS, suite) for suite in ("aes128", "aes256"))
+    later = [replace(each, at_ns=each.at_ns + 10**12) for each in second.datagrams]
+    path = tmp_path / "kept.pcapng"
+    keeping = Keeping(CaptureWriter(path))
+    bench = Bench(tmp_path / "keys.log", keeping)
+    bench.keys.write_text(first.secrets + second.secrets)
+    bench.play([frame_of(each) for each in [*first.datagrams, *later]])
+    bench.finish()
+    keeping.close()
+    source = PcapSource([path])
+    again = list(source.items())
+    for direction in Direction:
+        assert said(again, direction) == said(bench.items, direction) != []
+    assert keeping.connections == source.findings.decrypted == 2
+    assert source.findings.losses == {}
+
+
+def test_what_was_kept_is_in_the_file_whatever_becomes_of_us(tmp_path: Path) -> None:
+    given = recording()
+    path, copy = tmp_path / "kept.pcapng", tmp_path / "copy.pcapng"
+    keeping = Keeping(CaptureWriter(path))
+    bench = Bench(tmp_path / "keys.log", keeping)
+    bench.keys.write_text(given.secrets)
+    bench.play(given.packets)
+    copy.write_bytes(path.read_bytes())  # as kill -9 would leave it
+    bench.finish()
+    again = list(PcapSource([copy]).items())
+    assert whole(again, Direction.RECEIVED) == BODY
 
 
 def test_a_full_disk_is_told_and_metering_goes_on(tmp_path: Path) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import socket
 import struct
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from capture.packets.capfile import CaptureFile, secrets_in
 from halton_meter.cli import main
 from halton_meter.redaction.filler import Filler
+from tests.support.recorder.packets import Packet, pcapng
 from tests.support.redacting import without_secrets
 from tests.test_fixtures import FOLDER
 
@@ -68,6 +71,17 @@ def test_a_text_that_is_left_is_found_and_no_file_is_made(
     assert "boats" not in text
     assert list(tmp_path.glob("*.pcapng")) == []
     assert list(tmp_path.glob(".halton*")) == []
+
+
+@pytest.mark.parametrize("lost", [15, 18, 42, 54, 66])
+def test_a_capture_that_lost_a_packet_of_a_stream_is_redacted(lost: int, tmp_path: Path) -> None:
+    """What was removed behind the hole, where nobody can tell, are names that stay elsewhere."""
+    path = FOLDER / "openai_stream_ipv6_small_segments.pcapng"
+    secrets = b"".join(map(bytes, secrets_in(path, Counter()))).decode()
+    packets = [Packet(each.at_ns, each.data, True, 0) for each in CaptureFile(path).frames()]
+    given = tmp_path / "given.pcapng"
+    given.write_bytes(pcapng([*packets[:lost], *packets[lost + 1 :]], secrets))
+    assert "proved: it gives the same 1 request" in said(str(given), str(tmp_path / "new.pcapng"))
 
 
 def test_a_copy_that_gives_something_else_is_refused(

@@ -132,7 +132,10 @@ def test_a_file_that_is_no_capture_fails_and_the_others_are_read(tmp_path: Path)
     result = call(text, PLAIN, "--json")
     assert result.exit_code == 1
     assert len(events(result)) == 1
-    assert f"halton-meter: {text} does not start like a pcap or pcapng file" in result.stderr
+    assert result.stderr == (
+        f"halton-meter: {text} does not start like a pcap or pcapng file\n"
+        "  fix: see what it is: file FILE\n"
+    )
 
 
 def test_a_missing_file_and_an_empty_folder(tmp_path: Path) -> None:

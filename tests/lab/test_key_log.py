@@ -121,6 +121,53 @@ def test_a_connection_without_keys_is_named(lab: Lab, home: Path) -> None:
     assert told["connections"]["seen"] == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("device", "it is no regular file"),
+        ("folder", "it is no regular file"),
+        ("root's", "you may not write it"),
+        ("nowhere", "the command has not made it"),
+    ],
+)
+def test_a_key_file_of_the_user_s_that_gives_no_keys_is_named_with_the_reason(
+    lab: Lab, home: Path, kind: str, why: str
+) -> None:
+    keys = {"device": Path("/dev/null"), "folder": home, "nowhere": home / "no" / "keys.log"}.get(
+        kind, home / "keys.log"
+    )
+    if kind == "root's":
+        keys.touch()
+    done, told = run(lab, home, *curl(1), before=["env", f"SSLKEYLOGFILE={keys}"])
+    assert done.returncode == 0, done.stderr
+    assert f"no keys from SSLKEYLOGFILE={keys}: {why}. Use: unset SSLKEYLOGFILE" in done.stderr
+    assert told["keys_error"] == f"no keys from SSLKEYLOGFILE={keys}: {why}"
+
+
+def test_a_key_file_that_is_long_already_is_read_from_near_its_end(lab: Lab, home: Path) -> None:
+    keys, skip = home / "keys.log", len(lab.ledger())
+    line = "CLIENT_RANDOM {:064x} " + "0" * 96 + "\n"
+    with keys.open("w") as file:
+        file.writelines(line.format(number) for number in range(1_000_000))
+    os.chown(keys, lab.user.uid, lab.user.gid)
+    done, told = run(lab, home, *curl(1), before=["env", f"SSLKEYLOGFILE={keys}"])
+    assert done.returncode == 0, done.stderr
+    assert_metered(lab.ledger()[skip:], stored_events(lab, home / "data"), "keylog")
+    assert told["keys_error"] is None
+
+
+def test_a_connection_that_its_keys_do_not_open_is_named_and_not_metered(
+    lab: Lab, home: Path
+) -> None:
+    suite = ["--tls-max", "1.2", "--ciphers", "ECDHE-ECDSA-AES128-SHA256:@SECLEVEL=0"]
+    done, told = run(lab, home, *curl(1, *suite))
+    assert done.returncode == 0, done.stderr
+    assert "no request was metered; what the command spent is not known" in done.stderr
+    assert "curl to api.anthropic.com, 1 connection: its TLS keys did not open it" in done.stderr
+    assert (told["connections"]["metered"], told["connections"]["seen"]) == (0, 1)
+    assert [each["cause"] for each in told["unmetered"]] == ["not_decrypted"]
+
+
 def test_the_keys_are_deleted_and_the_exit_code_is_the_command_s(lab: Lab, home: Path) -> None:
     done, _ = run(lab, home, "sh", "-c", 'echo "$SSLKEYLOGFILE"; exit 7')
     assert done.returncode == 7

@@ -20,6 +20,7 @@ from halton_meter.redaction import heads, hpack
 from halton_meter.redaction.codings import coded
 from halton_meter.redaction.filler import Filler
 from halton_meter.redaction.json_text import redacted_fragment, redacted_json
+from halton_meter.redaction.proof import traces
 from halton_meter.wire.codings import decoder
 
 # Texts of users, which no protocol has a word for.
@@ -211,3 +212,16 @@ def test_header_blocks_keep_their_size_and_both_ends_agree(seed: int) -> None:
         assert (b"content-type", b"application/json") in back
         assert not any(key.encode() in value for _, value in back)
         assert back[1][1].startswith(b"/v1/messages?key=")
+
+
+def test_names_that_stay_are_no_trace_of_a_text_that_was_removed_behind_a_hole() -> None:
+    filler = Filler()
+    filler.keep(b"gpt-4o-2024-08-06")
+    filler.id(b"chatcmpl-Zk3hVq9f2")
+    chunk = b'{"id":"chatcmpl-000000000001","model":"gpt-4o-2024-08-06","choices":[]}'
+    for at in range(len(chunk)):
+        filler.text(chunk[at:])
+    assert traces(filler, chunk) == []
+    filler.text(b"gpt-4o sold boats")
+    assert traces(filler, chunk) == []
+    assert traces(filler, chunk + b" gpt-4o sold boats") == ["12 bytes of a text are in it at 72"]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from halton_meter.model import Connection, PricedEvent, Process, TlsChunk
 
 NO_KEYS = "no_keys"
+NOT_DECRYPTED = "not_decrypted"
 COUNTED_MAX = 65_536
 
 
@@ -50,7 +51,8 @@ class Intake:
 
     def take(self, item: TlsChunk | TlsClosed) -> None:
         """Meter the next piece of a connection, and count the connection if it is a new one."""
-        self._count(item.connection)
+        if not isinstance(item, TlsClosed):  # else nothing was said, or nothing of it was read
+            self._count(item.connection)
         self.keep(self._meter.receive(item))
         if isinstance(item, TlsClosed):
             self._counted.pop(item.connection.id, None)

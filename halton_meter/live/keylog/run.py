@@ -33,7 +33,7 @@ from halton_meter.live.foreground import in_foreground
 from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import JournalWriter
 from halton_meter.live.keylog import told
-from halton_meter.live.keylog.intake import NO_KEYS, Intake
+from halton_meter.live.keylog.intake import NO_KEYS, NOT_DECRYPTED, Intake
 from halton_meter.live.keylog.owners import Owners
 from halton_meter.live.keylog.private_folder import KEYS, private_folder
 from halton_meter.live.pipeline import Pipeline, prepare_home
@@ -93,9 +93,16 @@ def meter_command(
         finally:
             metering.finish(result)
         result.still_running = left_running.names_of(told_alone)
+        if not is_private and (why := told.why_no_keys(keys)) and _matters(keys, result):
+            result.keys_error = f"no keys from {told.KEYS_VARIABLE}={keys}: {why}"
     if not ran:
         result.connections = None
     return result
+
+
+def _matters(keys: Path, result: RunResult) -> bool:
+    """Whether the command lacked keys, or may have been held up: who opens a pipe waits there."""
+    return bool(result.unmetered) or keys.is_fifo()
 
 
 class _Metering:
@@ -138,6 +145,7 @@ class _Metering:
             keeping=keeping,
             udp_owner=self._owners.find_udp,
             quic=self._miss_quic,
+            unread=lambda connection, host: self._miss(connection, host, NOT_DECRYPTED),
         )
         if keeping is not None:
             self._meter.on_asked = self._source.keep
@@ -232,8 +240,8 @@ class _Metering:
             self._guessed[connection.id] = known
         return replace(item, connection=known)
 
-    def _miss(self, connection: Connection, host: str) -> None:
-        """A connection to a provider that no keys came for.
+    def _miss(self, connection: Connection, host: str, cause: str = NO_KEYS) -> None:
+        """A connection to a provider that no keys came for, or that these did not open.
 
         It counts unless it is known to be another program's: who had ended when we looked for the
         process may well have been of the command.
@@ -243,7 +251,7 @@ class _Metering:
             return
         if process is None and not host:  # nothing says that it is a provider's, or ours
             return
-        self._intake.miss(process, host, NO_KEYS)
+        self._intake.miss(process, host, cause)
 
     def _miss_quic(self, process: Process | None, host: str) -> None:
         """The same of a QUIC connection."""

@@ -28,7 +28,7 @@ from halton_meter.live.control import KEY_LOG_SOCKET_NAME, Answering, Client
 from halton_meter.live.guard import Guard
 from halton_meter.live.in_flight import InFlight
 from halton_meter.live.journal_writer import JournalWriter
-from halton_meter.live.keylog.intake import NO_KEYS, Intake
+from halton_meter.live.keylog.intake import NO_KEYS, NOT_DECRYPTED, Intake
 from halton_meter.live.keylog.owners import OfUser
 from halton_meter.live.limits import limit_this_process
 from halton_meter.live.outages import KEY_LOG_LIST_NAME, KEY_LOG_STATE_NAME, Outages
@@ -160,6 +160,7 @@ class KeyLogService:
             own_keys=places.ours,
             udp_owner=self._find_udp,
             quic=self._miss_quic,
+            unread=lambda connection, host: self._miss(connection, host, NOT_DECRYPTED),
         )
         self._warm_up()  # before anybody is told that we are there
         self._selector = selectors.DefaultSelector()
@@ -251,9 +252,9 @@ class KeyLogService:
             else:
                 self._intake.take(item)
 
-    def _miss(self, connection: Connection, host: str) -> None:
+    def _miss(self, connection: Connection, host: str, cause: str = NO_KEYS) -> None:
         if host and not self._owners.is_foreign(connection.process):
-            self._intake.miss(connection.process, host, NO_KEYS)
+            self._intake.miss(connection.process, host, cause)
 
     def _miss_quic(self, process: Process | None, host: str) -> None:
         if not self._owners.is_foreign(process):

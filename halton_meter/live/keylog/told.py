@@ -10,6 +10,8 @@ https://www.gnutls.org/manual (SSLKEYLOGFILE), https://firefox-source-docs.mozil
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,3 +36,21 @@ def environment(own: Mapping[str, str], keys: Path) -> tuple[dict[str, str], Pat
     if plain and "--tls-keylog" not in given:  # a name that Node reads otherwise would stop it
         found[_NODE_VARIABLE] = f"{given} --tls-keylog={file}".strip()
     return found, file
+
+
+def why_no_keys(file: Path) -> str | None:
+    """Why a key file that the user named gets no keys, or none that we read, as a clause."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return "the command has not made it"
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    if not stat.S_ISREG(found.st_mode):
+        return "it is no regular file"
+    if os.geteuid() == 0 and found.st_uid != 0:
+        return "it is another user's, and root reads none of these"
+    for right, verb in ((os.W_OK, "write"), (os.R_OK, "read")):
+        if not os.access(file, right):
+            return f"you may not {verb} it"
+    return None

@@ -32,6 +32,15 @@ def test_a_file_that_comes_late_and_grows(tmp_path: Path) -> None:
     assert len(keys) == 3
 
 
+def test_a_last_line_without_an_end_is_read_at_the_end(tmp_path: Path) -> None:
+    keys, path = KeyLog(), tmp_path / "keys.log"
+    path.write_text(line(1) + line(2).rstrip())
+    files = KeyFiles([path], keys)
+    assert (files.poll(), len(keys)) == (1, 1)
+    files.poll_all()
+    assert len(keys) == 2
+
+
 @pytest.mark.parametrize("how", ["cut off", "replaced"])
 def test_a_file_that_begins_anew_is_read_from_its_beginning(tmp_path: Path, how: str) -> None:
     keys, path = KeyLog(), tmp_path / "keys.log"
@@ -62,6 +71,25 @@ def test_a_file_that_was_cut_off_and_has_grown_past_its_old_size_is_read_anew(
         file.write(line(4))
     assert files.poll() == 1
     assert len(keys) == 4
+
+
+def test_of_a_file_that_is_long_already_the_end_is_read_and_all_that_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(key_files, "OLD_BYTES_MAX", 10_000)
+    monkeypatch.setattr(key_files, "READ_BYTES_MAX", 4_000)
+    keys, path = KeyLog(), tmp_path / "keys.log"
+    size = len(line(0))
+    path.write_text("".join(line(number) for number in range(1_000)))
+    files = KeyFiles([path], keys)
+    assert files.poll_all() == 10_000 // size
+    assert bytes.fromhex(f"{999:064x}") in keys
+    with path.open("a") as file:
+        file.writelines(line(number) for number in range(1_000, 1_060))
+    assert sum(files.poll() for _ in range(4)) == 60
+    path.write_text("".join(line(number) for number in range(2_000, 3_000)))  # rotated
+    assert files.poll_all() >= 10_000 // size
+    assert bytes.fromhex(f"{2_999:064x}") in keys
 
 
 def test_a_hole_of_gigabytes_is_stepped_over(tmp_path: Path) -> None:

@@ -122,6 +122,18 @@ def test_packets_moved_at_the_very_beginning_cost_nothing(
     assert (findings.connections, findings.joined, findings.losses) == (1, 0, {})
 
 
+@pytest.mark.parametrize("suite", ["tls13", "tls12_aes128", "tls12_chacha"])
+def test_a_first_request_that_was_lost_is_a_hole_of_its_length(suite: str, tmp_path: Path) -> None:
+    given = recording(suite)
+    overhead = {"tls13": 22, "tls12_aes128": 29, "tls12_chacha": 21}[suite]
+    sizes = [each.payload if each.sent else 0 for each in given.packets]
+    lost = sizes.index(len(REQUEST) + overhead)
+    left = [*given.packets[:lost], *given.packets[lost + 1 :]]
+    items, _ = read_bytes(pcapng(left, given.secrets), tmp_path)
+    assert said(items, Direction.SENT) == [(len(REQUEST), REQUEST)]
+    assert whole(items, Direction.RECEIVED) == BODY
+
+
 @pytest.mark.parametrize("suite", first(["tls13", "tls12_aes128"]))
 def test_connections_outlive_the_tshark_they_began_with(
     suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

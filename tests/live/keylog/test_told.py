@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from halton_meter.live.keylog.told import environment
+from halton_meter.live.keylog.told import environment, why_no_keys
 
 KEYS = Path("/tmp/keys/keys.log")
 
@@ -31,3 +32,14 @@ def test_what_the_user_has_set_is_kept() -> None:
 def test_node_is_told_no_name_that_would_stop_it() -> None:
     told, _ = environment({"SSLKEYLOGFILE": "/home/ann/my keys.log"}, KEYS)
     assert "NODE_OPTIONS" not in told
+
+
+def test_a_key_file_that_can_give_no_keys_is_told_with_the_reason(tmp_path: Path) -> None:
+    no_file = "it is no regular file"
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("/dev/null", str(tmp_path), str(tmp_path / "pipe")):
+        assert why_no_keys(Path(name)) == no_file
+    assert why_no_keys(tmp_path / "nothing") == "the command has not made it"
+    assert why_no_keys(Path("/dev/null/keys")) == "Not a directory"
+    (tmp_path / "keys.log").touch()
+    assert why_no_keys(tmp_path / "keys.log") is None
