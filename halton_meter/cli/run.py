@@ -32,6 +32,7 @@ from halton_meter.cli.output import (
     fail,
     implausible_words,
     note,
+    shown,
     sum_words,
     wrong_usage,
 )
