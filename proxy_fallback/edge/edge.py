@@ -110,6 +110,9 @@ class HostSet:
 # --- the edge --------------------------------------------------------------------------------
 
 
+Connected = tuple[asyncio.Transport, End]
+
+
 class Edge:
     """The running edge. Use it from its event loop's thread only.
 
@@ -148,6 +151,7 @@ class Edge:
         self.opened: deque[tuple[str, int]] = deque(maxlen=OPENED_MAX)
         self._program_of = program_of
         self._naming: set[asyncio.Task[None]] = set()
+        self._connecting: set[asyncio.Task[Connected]] = set()
         self.trust = Refusals(self.counts)
         self._worker_port: int | None = None
         self._has_answered = False
@@ -258,6 +262,21 @@ class Edge:
             self._open_until = time.monotonic() + BREAKER_OPEN_S
             self._failures = WORKER_FAILURES_MAX - 1  # the next failure opens it again at once
             self.counts["breaker_opened"] += 1
+
+    async def connected(self, connecting: asyncio.Task[Connected]) -> None:
+        """Wait for a connection; who waits may be cancelled, and then it is closed once it stands.
+
+        It is not cancelled itself at once: `create_connection` leaves a socket that connects at
+        that moment to Python's collector, connected, where it tries several addresses.
+        """
+        self._connecting.add(connecting)
+        connecting.add_done_callback(self._connecting.discard)
+        try:
+            await asyncio.shield(connecting)
+        except asyncio.CancelledError:
+            connecting.add_done_callback(_abort)
+            asyncio.get_running_loop().call_later(ORIGIN_CONNECT_S_MAX, connecting.cancel)
+            raise
 
     def count_bypass(self, host: str, cause: str, program: str | None = None) -> None:
         """Count a provider's host that is tunnelled raw."""
@@ -555,7 +574,10 @@ class _Client(End):
             async with asyncio.timeout(ORIGIN_CONNECT_S_MAX):
                 # A name may have several addresses, and the first may not answer.
                 delay_s = None if _is_address(address[0]) else HAPPY_EYEBALLS_S
-                await loop.create_connection(lambda: far, *address, happy_eyeballs_delay=delay_s)
+                connecting = loop.create_connection(
+                    lambda: far, *address, happy_eyeballs_delay=delay_s
+                )
+                await edge.connected(loop.create_task(connecting))
                 assert far.transport is not None
                 near = far.transport.get_extra_info("sockname")
                 if near:
@@ -589,6 +611,12 @@ class _Client(End):
             far.keep(bytes(self.early))
         self.transport.resume_reading()
         self.join(far)
+
+
+def _abort(connecting: asyncio.Task[Connected]) -> None:
+    if not connecting.cancelled() and connecting.exception() is None:
+        transport, _ = connecting.result()
+        transport.abort()
 
 
 def _abandon(reaching: asyncio.Task[End | None]) -> None:

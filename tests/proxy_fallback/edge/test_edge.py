@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import gc
 import os
 import socket
 import sys
@@ -19,6 +20,7 @@ from proxy_fallback.edge.edge import Edge
 from proxy_fallback.edge.listening import EdgeError
 from tests.proxy_fallback.edge.test_hello import client_hello
 from tests.support.quick import first
+from tests.support.waiting import WAIT_SECONDS_MAX
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -770,6 +772,49 @@ def test_thousands_of_connections_leave_no_descriptor_behind(batches: int) -> No
 
     edges.raise_descriptor_limit()
     asyncio.run(bounded())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
+def test_what_loses_to_a_slow_worker_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At once, not when Python's collector finds its socket."""
+    monkeypatch.setattr(Edge, "worker_answer_s", 0.0)
+
+    async def scene() -> None:
+        async def waits(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        stand_in_server, worker_port = await serving(StandIn())
+        async with place(waits) as here:
+            here.edge.send_to(worker_port)
+            loop = asyncio.get_running_loop()
+            asked = f"CONNECT {PROVIDER}:{here.origin} HTTP/1.1\r\n\r\n".encode()
+
+            async def some(count: int) -> None:
+                for _ in range(count):
+                    with socket.socket() as client:
+                        client.setblocking(False)
+                        await loop.sock_connect(client, ("127.0.0.1", here.port))
+                        await loop.sock_sendall(client, asked)
+                        assert b" 200 " in await loop.sock_recv(client, 100)
+
+            await some(2)
+            await here.empty()
+            before = open_descriptors() + ONCE_OPENED
+            await asyncio.gather(*(some(10) for _ in range(20)))
+            await here.empty()
+            async with asyncio.timeout(WAIT_SECONDS_MAX):
+                while open_descriptors() > before:
+                    await asyncio.sleep(0.01)
+        stand_in_server.close()
+
+    gc.disable()
+    try:
+        asyncio.run(scene())
+    finally:
+        gc.enable()
 
 
 def test_the_edge_imports_the_standard_library_only() -> None:
