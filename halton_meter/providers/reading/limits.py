@@ -66,7 +66,8 @@ _DATE = re.compile(
     r"[A-Z][a-z]{2}, ([0-9]{2}) ([A-Z][a-z]{2}) ([0-9]{4}) ([0-9]{2}):([0-9]{2}):([0-9]{2}) GMT"
 )
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-_RATE_LIMITS = re.compile(rb'"codex\.rate_limits"')
+_RATE_LIMITS = b'"codex.rate_limits"'
+_LINE_OF_RATE_LIMITS = re.compile(re.escape(_RATE_LIMITS))
 _REFUSED = 429
 
 
@@ -115,7 +116,8 @@ def _events(exchange: Exchange) -> Iterator[dict[str, Any]]:
     body = exchange.response.body
     # To unframe a body takes longer than all else: hardly one has such an event.
     texts = body.texts if isinstance(body, FramedBody) else body.pieces
-    if not any(_RATE_LIMITS.search(text) for text in texts):
+    # Backwards, which is many times as fast as a regex or `in` over a long text.
+    if all(text.rfind(_RATE_LIMITS) < 0 for text in texts):
         return
     for line in list(_lines(exchange, body))[-EVENTS_MAX:]:
         value = as_dict(formats.loads(line))
@@ -125,8 +127,8 @@ def _events(exchange: Exchange) -> Iterator[dict[str, Any]]:
 
 def _lines(exchange: Exchange, body: Body) -> Iterable[bytes]:
     if exchange.protocol is Protocol.WEBSOCKET:
-        return formats.lines_with(body, _RATE_LIMITS)
-    return formats.sse_data_containing(body, b'"codex.rate_limits"')
+        return formats.lines_with(body, _LINE_OF_RATE_LIMITS)
+    return formats.sse_data_containing(body, _RATE_LIMITS)
 
 
 @dataclass(slots=True)
