@@ -55,12 +55,12 @@ def dashboard(port: int, open_browser: bool) -> None:
     except OSError as error:
         what = f"cannot listen on 127.0.0.1:{port}: {error.strerror}"
         fail(Problem(what, "halton-meter dashboard   (on any free port)"))
-    url = server.new_url()
-    click.echo(f"{url}\nThe address works once. Enter: a new address. Ctrl-C: stop.")
-    _offer_more(server)
-    if open_browser:
-        click.launch(url)
     try:
+        url = server.new_url()
+        click.echo(f"{url}\nThe address works once. Enter: a new address. Ctrl-C: stop.")
+        _offer_more(server)
+        if open_browser:
+            click.launch(url)
         server.serve_forever()
     except KeyboardInterrupt:
         click.echo()

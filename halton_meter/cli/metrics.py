@@ -123,15 +123,15 @@ def _serve(port: int) -> None:
         what = f"cannot listen on {ADDRESS}:{port}: {error.strerror}"
         fail(Problem(what, "halton-meter metrics --serve 0   (on any free port)"))
     where = f"{ADDRESS}:{server.server_port}"
-    say(
-        f"http://{where}{PATH} is served until Ctrl-C. For prometheus.yml:\n"
-        "scrape_configs:\n"
-        "  - job_name: halton-meter\n"
-        f"    authorization: {{ credentials_file: {home / TOKEN_NAME} }}\n"
-        f'    static_configs: [ {{ targets: ["{where}"] }} ]'
-    )
-    sys.stdout.flush()
     try:
+        say(
+            f"http://{where}{PATH} is served until Ctrl-C. For prometheus.yml:\n"
+            "scrape_configs:\n"
+            "  - job_name: halton-meter\n"
+            f"    authorization: {{ credentials_file: {home / TOKEN_NAME} }}\n"
+            f'    static_configs: [ {{ targets: ["{where}"] }} ]'
+        )
+        sys.stdout.flush()
         server.serve_forever()
     except KeyboardInterrupt:
         click.echo()
