@@ -242,10 +242,11 @@ class LiveCapture:
 
     def _give(self, item: TlsChunk | TlsClosed) -> None:
         self._ready.append(item)
-        if self._keeping is None or not isinstance(item, TlsChunk):
+        connection = item.connection
+        if connection.id not in self._hellos or not isinstance(item, TlsChunk):
             return
-        if (name := item.connection.peer) is not None and self._wanted(name):
-            self.keep(item.connection.id)
+        if connection.peer is not None and self._wanted(connection.peer):
+            self.keep(connection.id)
 
     def keep(self, connection_id: str) -> None:
         """Record a connection, of which a request tells that it is wanted: its server's name does

@@ -24,8 +24,8 @@ HEAD = """\
 <!-- Written by tools/cli_reference.py from the commands' own help: change that instead. -->
 
 - `halton-meter COMMAND --help` prints the same text.
-- Exit codes: 0 done, 1 failed, 2 wrong usage, 130 ended by Ctrl-C, unless the command says
-  otherwise.
+- Exit codes: 0 done, 1 failed, 2 wrong usage, 130 ended by Ctrl-C (0 for what runs until
+  then, as `tail -f`), unless the command says otherwise.
 - A failure prints `halton-meter: what happened` and `fix: what to do` on stderr.
 - Times that you read and type are local, unless you type an offset or `Z`. JSON, CSV and exports
   hold UTC.

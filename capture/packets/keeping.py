@@ -125,10 +125,6 @@ class Keeping:
             self._write(at_ns, data)
         self._forget(key)
 
-    def forget(self, key: bytes) -> None:
-        """A connection that is not kept."""
-        self._forget(min(key, _reverse(key)))
-
     def flush(self) -> None:
         """Nothing more comes for a moment."""
         if self.error is None:

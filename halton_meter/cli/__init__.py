@@ -19,7 +19,6 @@ import click
 
 from halton_meter import __version__
 from halton_meter.cli import streams
-from halton_meter.problem import INTERRUPTED
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -264,6 +263,8 @@ def _plainly(context: click.Context | None = None) -> Iterator[None]:
     except (click.exceptions.Exit, click.Abort, streams.OutputRefused):
         raise
     except KeyboardInterrupt:  # click would say "Aborted!" and end with 1
+        from halton_meter.problem import INTERRUPTED
+
         raise click.exceptions.Exit(INTERRUPTED) from None
     except click.UsageError as error:
         from halton_meter.cli.output import plain_usage

@@ -64,9 +64,10 @@ def coverage_lines(
     if not coverage.is_known and not coverage.parts:
         return [NOT_SHOWN_BY_KERNEL]
     rests = list(_rest_lines(coverage))
-    # Requests on connections whose host no hello tells are none "to a provider", and were metered.
-    is_silent = requests and connections_ratio(coverage) is None
-    lines = [*(() if is_silent else (ratio_line(coverage),)), *rests[:shown]]
+    lines = rests[:shown]
+    # Connections whose host no hello tells count for none "to a provider", though `requests` did.
+    if not requests or connections_ratio(coverage) is not None:
+        lines.insert(0, ratio_line(coverage))
     if not coverage.is_known:
         lines.insert(0, NOT_SHOWN_BY_KERNEL)
     if len(rests) > shown:
@@ -77,11 +78,12 @@ def coverage_lines(
 def losses_beside(losses: Mapping[str, int], coverage: Coverage | None) -> dict[str, int]:
     """The losses that no line about coverage names with program and cause."""
     named = {part.cause for part, _ in coverage.rests()} if coverage else set()
-    counted = _COUNTED_AS_CONNECTIONS if coverage and coverage.is_known else frozenset[str]()
+    is_counted = coverage is not None and coverage.is_known
     return {
         cause: lost
         for cause, lost in losses.items()
-        if cause not in counted and not named & _NAMED_HERE.get(cause, frozenset())
+        if not named & _NAMED_HERE.get(cause, frozenset())
+        and not (is_counted and cause in _COUNTED_AS_CONNECTIONS)
     }
 
 

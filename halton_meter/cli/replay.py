@@ -307,8 +307,9 @@ def _problems(
     findings: Findings, without_keys: Counter[str], arguments: Sequence[str]
 ) -> Iterator[Problem]:
     """What could not be read, why, and what to do."""
-    for left, error in enumerate(findings.errors, start=1 - len(findings.errors)):
-        yield Problem(_STDIN_FILE.sub(_STDIN_NAME, error), "" if left else _WHAT_IT_IS)
+    errors = [_STDIN_FILE.sub(_STDIN_NAME, error) for error in findings.errors]
+    for number, error in enumerate(errors, start=1):
+        yield Problem(error, _WHAT_IT_IS if number == len(errors) else "")
     if without_keys:
         yield _keys_missing(findings, without_keys, arguments)
     for link, packets in findings.unread_links.most_common():

@@ -44,7 +44,7 @@ def fix_for(cause: str, program: str | None, stack: str | None, *, service: bool
             return UPROBES if has_uprobes else SYSTEM_TRUST
         return "halton-meter init, then restart that program" if service else UPROBES
     if cause == "not_asked_by_name":
-        return UPROBES if has_uprobes else ""
+        return UPROBES if has_uprobes else "have it connect by the host's name"
     if cause == "certificate_unusable":
         return "halton-meter init"
     if cause == "stopped":

@@ -66,17 +66,16 @@ def redact(
     old = proof.read(source, keys, price, hosts or {}, heard.take)
     if old.findings.errors:
         raise NotRedacted(*old.findings.errors)
-    found = heard.with_plaintext()
+    is_known = proof.known(Registry(dict(hosts or {})), hosts or {})
+    found = [each for each in heard.with_plaintext() if _leads_to_one(each, is_known)]
     if not found:
         raise NotRedacted(_nothing(old))
-    is_known = proof.known(Registry(dict(hosts or {})), hosts or {})
     filler = Filler(is_known)
 
     def shown(host: str) -> str:
         return shown_host(host.encode(), filler).decode()
 
     for each in found:
-        _name(each, is_known)
         conversation.redact(each, filler)
     with tempfile.TemporaryDirectory(prefix=".halton-meter-", dir=target.parent) as folder:
         made = Path(folder) / "redacted.pcapng"
@@ -103,12 +102,13 @@ def redact(
     )
 
 
-def _name(heard: Heard, is_known: Callable[[str], bool]) -> None:
-    """Where the server's name was hidden (ECH) it is the host that is asked: the new file shows it,
-    as its reader has to know the connection for a provider's."""
+def _leads_to_one(heard: Heard, is_known: Callable[[str], bool]) -> bool:
+    """Whether a connection leads to a provider, by its server's name or, where that was hidden
+    (ECH), by the host that is asked. That is its name from then on: the new file shows it, as its
+    reader has to know the connection for a provider's."""
     connection = heard.connection
     if connection.peer is None or is_known(connection.peer):
-        return
+        return True
     asked: list[str] = []
 
     def ask(request: Request) -> Interest:
@@ -121,6 +121,7 @@ def _name(heard: Heard, is_known: Callable[[str], bool]) -> None:
             talk.receive(item)
     if asked:
         heard.connection = replace(connection, peer=asked[0])
+    return bool(asked)
 
 
 def _nothing(old: proof.Read) -> str:

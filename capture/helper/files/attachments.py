@@ -74,7 +74,6 @@ class Attachments:
         self._searches = Searches(epoll, finder)
         self._turns = Turns(self._probes_of)
         self._turn_s = 0.0  # spent on attaching since the last turn began
-        self._again_at: dict[tuple[int, int], float] = {}  # by inode; see `asks_again`
         # The least recently used first, in both.
         self.files: dict[FileId, File] = {}
         self._without: dict[tuple[int, int], int] = {}  # device and inode: the change time
@@ -154,8 +153,7 @@ class Attachments:
         job.fd = os.dup(job.fd)
         if self._searches.ask(job):
             self._keep(job.identity, file)
-            self._again_at.pop(job.identity[:2], None)
-            file.priority, file.failure = job.priority, None
+            file.priority, file.failure, file.again_at = job.priority, None, None
         else:
             os.close(job.fd)
             self.over_limit += 1
@@ -258,7 +256,6 @@ class Attachments:
             return
         file.waits = False
         self.probes.detach(file)
-        self._again_at.pop(identity[:2], None)
         same = self._by_inode[identity[:2]]
         same.discard(identity)
         if not same:
@@ -468,7 +465,7 @@ class Attachments:
             return False  # searched twice, once in the background; or written to meanwhile
         if text is None or text == NO_ANSWER:
             if file.priority is job.priority:
-                self._not_answered(job.identity, file)
+                _not_answered(file)
             return True
         file.unanswered = 0
         library = None
@@ -487,18 +484,11 @@ class Attachments:
             return False
         return self._take_library(job, file, library)
 
-    def _not_answered(self, identity: FileId, file: File) -> None:
-        """Its search was killed, had no memory, or took too long on a busy machine."""
-        file.priority = None
-        file.failure = f"the search in it ended without an answer; {INSTEAD}"
-        later_s = min(AGAIN_S * 2**file.unanswered, AGAIN_S_MAX)
-        self._again_at[identity[:2]] = time.monotonic() + later_s
-        file.unanswered += 1
-
     def asks_again(self, inode: tuple[int, int]) -> bool:
         """Whether a search in the file ended without an answer, long enough ago to try another."""
-        again_at = self._again_at.get(inode)
-        return again_at is not None and again_at <= time.monotonic()
+        files = (self.files[each] for each in self._by_inode.get(inode, ()))
+        now = time.monotonic()
+        return any(file.again_at is not None and file.again_at <= now for file in files)
 
     def _nothing_found(self, job: Job, file: File) -> bool:
         if file.priority is not job.priority:
@@ -515,6 +505,14 @@ class Attachments:
             self._known.remember_without(job.fd)
         self._keep_without(job.identity)
         return True
+
+
+def _not_answered(file: File) -> None:
+    """Its search was killed, had no memory, or took too long on a busy machine."""
+    file.priority = None
+    file.failure = f"the search in it ended without an answer; {INSTEAD}"
+    file.again_at = time.monotonic() + min(AGAIN_S * 2**file.unanswered, AGAIN_S_MAX)
+    file.unanswered += 1
 
 
 def _is_settled(job: Job) -> bool:

@@ -34,6 +34,7 @@ class File:
     priority: SearchPriority | None = None  # while it is searched
     failure: str | None = None  # why nothing of it is probed
     unanswered: int = 0  # searches in it that ended without an answer, one after the other
+    again_at: float | None = None  # when it may be searched again after one of those
     held_as: str = ""  # the supervisor's name for its probes
     waits: bool = False  # it is to be attached to, in its turn
     code: str = ""  # a digest of the functions that are probed, as they were then

@@ -86,7 +86,7 @@ def test_a_file_that_kills_the_search_is_told_of_and_hides_no_other(
     path = str(tmp_path / "first")
     attachments.look_at(path, path)
     assert not attachments.searching
-    attachments._again_at[first[:2]] = time.monotonic()
+    attachments.files[first].again_at = time.monotonic()
     attachments.look_at(path, path)
     assert attachments.searching
     searched(attachments)

@@ -88,13 +88,18 @@ def behind(data: bytes, own: bytes) -> bytes:
     return data[:at] + message.replace(own, other) + data[at + len(message) :]
 
 
-@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
-def test_the_name_that_is_seen_need_not_be_a_providers(path: Path, tmp_path: Path) -> None:
-    """It is that of whoever serves for many; the request's head says which provider it is."""
+def name_of(path: Path) -> str:
+    """The server name in a file's first hello."""
     hello = tls.client_hello(hello_of(path.read_bytes())[1])
     assert hello is not None
     assert hello.server_name is not None
-    own = hello.server_name
+    return hello.server_name
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
+def test_the_name_that_is_seen_need_not_be_a_providers(path: Path, tmp_path: Path) -> None:
+    """It is that of whoever serves for many; the request's head says which provider it is."""
+    own = name_of(path)
 
     def wanted(name: str) -> bool:
         return name == own
@@ -113,10 +118,7 @@ def test_the_name_that_is_seen_need_not_be_a_providers(path: Path, tmp_path: Pat
 def test_it_is_kept_once_a_request_says_whose_it_is(is_asked: bool, tmp_path: Path) -> None:
     """With the secrets of the hello inside: by those of the other it would be nobody's."""
     path = SAMPLES[0]
-    hello = tls.client_hello(hello_of(path.read_bytes())[1])
-    assert hello is not None
-    assert hello.server_name is not None
-    own = hello.server_name
+    own = name_of(path)
 
     def wanted(name: str) -> bool:
         return name == own
